@@ -1,0 +1,72 @@
+// Runs a kernel in the widest instruction set that the processor has, chosen at run time, so that
+// one build serves every processor of an architecture.
+
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if defined(__GNUC__) && defined(__x86_64__)
+#define MEDFAST_X86 1
+#define MEDFAST_AVX2 __attribute__((target("avx2,fma")))
+#define MEDFAST_AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma")))
+#endif
+
+// A kernel body takes the instruction set of the function it is inlined into. It must not hold an
+// OpenMP parallel region: compilers move those out, back to the baseline.
+#if defined(__GNUC__)
+#define MEDFAST_KERNEL __attribute__((always_inline)) inline
+#else
+#define MEDFAST_KERNEL inline
+#endif
+
+namespace medfast {
+
+enum class InstructionSet { baseline, avx2, avx512 };
+
+inline std::vector<std::string> instruction_sets() {
+#if MEDFAST_X86
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    return {"baseline", "avx2", "avx512"};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"baseline", "avx2"};
+#endif
+  return {"baseline"};
+}
+
+inline InstructionSet chosen = static_cast<InstructionSet>(instruction_sets().size() - 1);
+
+inline void use_instruction_set(const std::string& name) {
+  const auto names = instruction_sets();
+  for (size_t i = 0; i < names.size(); ++i)
+    if (names[i] == name) {
+      chosen = static_cast<InstructionSet>(i);
+      return;
+    }
+  throw std::invalid_argument("this processor does not have the instruction set " + name);
+}
+
+#if MEDFAST_X86
+template <auto kernel, class... Args>
+MEDFAST_AVX2 void run_avx2(Args... args) {
+  kernel(args...);
+}
+
+template <auto kernel, class... Args>
+MEDFAST_AVX512 void run_avx512(Args... args) {
+  kernel(args...);
+}
+#endif
+
+// Calls `kernel` compiled for the chosen instruction set.
+template <auto kernel, class... Args>
+void run(Args... args) {
+#if MEDFAST_X86
+  if (chosen == InstructionSet::avx512) return run_avx512<kernel>(args...);
+  if (chosen == InstructionSet::avx2) return run_avx2<kernel>(args...);
+#endif
+  kernel(args...);
+}
+
+}  // namespace medfast

@@ -1,0 +1,3 @@
+from medfast.cli import main
+
+main()

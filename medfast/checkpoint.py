@@ -1,0 +1,90 @@
+"""Checkpoints: written beside and renamed, read without unpickling code, bitwise complete."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medfast.errors import UsageError
+
+_NAME = re.compile(r"epoch_(\d+)\.pt")
+
+
+def save(folder: Path, epoch: int, state: dict[str, Any], keep: int) -> Path:
+    """Write `epoch_N.pt` into `folder` and remove all but the newest `keep` checkpoints.
+
+    Args:
+        folder: The run's `checkpoints/`.
+        epoch: Number of finished epochs.
+        state: Tensors and plain values, as `torch.load(weights_only=True)` takes them back.
+        keep: How many checkpoints stay.
+    """
+    folder.mkdir(exist_ok=True)
+    path = folder / f"epoch_{epoch}.pt"
+    beside = path.with_suffix(".pt.part")
+    with beside.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    for old in listing(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def listing(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first."""
+    found = {path: _NAME.fullmatch(path.name) for path in folder.glob("epoch_*.pt")}
+    numbers = {path: int(match[1]) for path, match in found.items() if match}
+    return sorted(numbers, key=numbers.__getitem__)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Return what `save` wrote.
+
+    Raises:
+        UsageError: the file is missing, cut off or no checkpoint of medfast.
+    """
+    if not path.is_file():
+        raise UsageError(f"--resume {path}: there is no such checkpoint.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile, pickle and torch each have their own for damaged files
+        older = [p.name for p in listing(path.parent) if p != path]
+        remedy = f"name an older one: {', '.join(older)}" if older else "there is no older one"
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else ""
+        raise UsageError(
+            f"--resume {path} is damaged ({type(error).__name__}: {reason}); {remedy}."
+        ) from None
+    if not isinstance(state, dict) or "state_dict" not in state or "config" not in state:
+        raise UsageError(f"--resume {path} is not a checkpoint of a medfast run.")
+    return state
+
+
+def find(resume: str, logs: Path, name: str | None) -> Path:
+    """Return the checkpoint that --resume asks for.
+
+    Args:
+        resume: A file, or "latest".
+        logs: Folder of the run folders.
+        name: The run that "latest" means; None takes the one with the newest checkpoint.
+
+    Raises:
+        UsageError: there is no such run, or it has no checkpoint.
+    """
+    if resume != "latest":
+        return Path(resume).expanduser()
+    if name is not None:
+        found = listing(logs / name / "checkpoints")
+        where = f"the run {logs / name}"
+    else:
+        newest = (listing(folder)[-1:] for folder in logs.glob("*/checkpoints"))
+        found = sorted((p for paths in newest for p in paths), key=lambda p: p.stat().st_mtime)
+        where = f"any run in {logs}"
+    if not found:
+        raise UsageError(f"--resume latest: {where} has no checkpoint; start without --resume.")
+    return found[-1]

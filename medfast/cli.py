@@ -1,0 +1,214 @@
+"""The command line: flags from dataclasses, one-sentence errors, and what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+from medfast.config import TrainConfig, flag
+from medfast.errors import UsageError, unknown_name
+
+COMMANDS = {
+    "train": "Train one model, evaluate it and write its report.",
+    "data": "Write the phantom data.",
+    "env": "Print versions, devices and which implementations can run here.",
+}
+TRAIN_EPILOG = """\
+Settings come from the defaults, then from --config, then from the flags. The merged result is
+saved with the run as params.yaml, which --config takes back."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that reports a mistake in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, naming the closest flag for one that does not exist."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            close = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            hint = f"Did you mean {close[0]}? " if close else ""
+            self.error(f"unknown argument {unknown[0]!r}. {hint}See {self.prog} --help.")
+        return parsed
+
+
+def run(command: Callable[[], None], prog: str) -> None:
+    """Run a command; end with exit code 2 and one sentence on a mistake of the user's."""
+    try:
+        command()
+    except UsageError as error:
+        sys.exit(_fail(prog, str(error)))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "medfast":
+            raise
+        sys.exit(
+            _fail(
+                prog,
+                f"the package {error.name!r} is missing: install what the commands need with "
+                "pip install 'medfast[train]'.",
+            )
+        )
+    except KeyboardInterrupt:
+        sys.exit(_fail(prog, "stopped by the keyboard; --resume latest goes on.", code=130))
+
+
+def _fail(prog: str, message: str, code: int = 2) -> int:
+    print(f"{prog}: error: {message}", file=sys.stderr)
+    return code
+
+
+def parse_train(argv: Sequence[str] | None = None) -> tuple[TrainConfig, set[str]]:
+    """Return the settings that `argv` (default: the command line) and its --config ask for.
+
+    Returns:
+        The settings, and the names of those that were given rather than left at their defaults.
+
+    Raises:
+        UsageError: a value is not acceptable.
+    """
+    parser = Parser(
+        prog="medfast.train",
+        description=COMMANDS["train"],
+        epilog=TRAIN_EPILOG,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings.")
+    add_settings(parser, TrainConfig)
+    given = vars(parser.parse_args(argv))
+    file = given.pop("config", None)
+    settings = {**read_config(Path(file)), **given} if file is not None else given
+    return TrainConfig(**settings), set(settings)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the settings in a YAML file such as a run's params.yaml.
+
+    Raises:
+        UsageError: the file is missing, is no YAML mapping or names an unknown setting.
+    """
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UsageError(f"--config {path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--config {path} is not YAML: {reason}.") from None
+    if not isinstance(settings, dict):
+        raise UsageError(f"--config {path} must hold 'setting: value' lines.")
+    known = [item.name for item in dataclasses.fields(TrainConfig)]
+    for name in settings:
+        if name not in known:
+            raise UsageError(f"--config {path}: " + unknown_name("setting", str(name), known))
+    return settings
+
+
+def add_settings(parser: argparse.ArgumentParser, config: type) -> None:
+    """Give `parser` one flag per field of the dataclass `config`, under its group's heading."""
+    types = get_type_hints(config)
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for item in dataclasses.fields(config):
+        title = item.metadata["group"]
+        group = groups.setdefault(title, parser.add_argument_group(title))
+        default = "none" if item.default is None else str(item.default).lower()
+        known = item.metadata.get("known") or get_args(types[item.name])
+        names = f" One of: {', '.join(known)}." if _is_choice(item, types[item.name]) else ""
+        text = f"{item.metadata['help']}{names} (default: {default})".replace("%", "%%")
+        if item.name == "fused_loss":
+            group.add_argument("--fused-loss", nargs="?", const="auto", metavar="IMPL", help=text)
+            group.add_argument(
+                "--no-fused-loss",
+                dest="fused_loss",
+                action="store_const",
+                const="reference",
+                help="The reference implementation, which keeps all pairs' logits.",
+            )
+        elif types[item.name] is bool:
+            group.add_argument(flag(item.name), action=argparse.BooleanOptionalAction, help=text)
+        else:
+            group.add_argument(flag(item.name), help=text, **_value(types[item.name]))
+
+
+def _is_choice(item: dataclasses.Field, annotation: Any) -> bool:
+    return "known" in item.metadata or get_origin(annotation) is Literal
+
+
+def _value(annotation: Any) -> dict[str, Any]:
+    kind = next((t for t in (get_args(annotation) or (annotation,)) if t in (int, float)), str)
+    # The sets of allowed words are checked by the dataclass, which also names the closest one.
+    return {"type": kind, "metavar": {int: "N", float: "X", str: "VALUE"}[kind]}
+
+
+def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return result rows as a text table, one line per metric."""
+    lines = [f"{'task':<32} {'n':>6} {'value':>8}   {'95 % interval':<17} {'chance':>7}"]
+    for row in rows:
+        for name, value in row["metrics"].items():
+            low, high = row["ci95"][name]
+            title = " ".join(part for part in (row["task"], row["name"], name) if part)
+            lines.append(
+                f"{title:<32} {row['n']:>6} {value:>8.1%}   {low:>6.1%} to {high:<7.1%} "
+                f"{row['chance'][name]:>7.1%}"
+            )
+    return "\n".join(lines)
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints log lines to stderr, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        if getattr(record, "progress", False) and sys.stderr.isatty():
+            return  # the bar says it
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def log_to_console() -> None:
+    """Let medfast's log lines appear on stderr."""
+    logger = logging.getLogger("medfast")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    if not any(isinstance(handler, ConsoleHandler) for handler in logger.handlers):
+        logger.addHandler(ConsoleHandler())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `medfast COMMAND ...`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = Parser(
+        prog="medfast",
+        description="Fused contrastive losses and fast training for medical vision-language "
+        "models.",
+        epilog="commands:\n" + "".join(f"  {n:6} {text}\n" for n, text in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", metavar="COMMAND", help="one of: " + ", ".join(COMMANDS))
+    name = parser.parse_args(arguments[:1]).command
+    if name not in COMMANDS:
+        parser.error(unknown_name("command", name, COMMANDS))
+    if name == "env":
+        from medfast import env
+
+        Parser(prog="medfast env", description=COMMANDS["env"]).parse_args(arguments[1:])
+        print(env.describe())
+    elif name == "train":
+        from medfast import train
+
+        train.main(arguments[1:])
+    else:
+        from medfast.data import __main__ as data
+
+        data.main(arguments[1:])

@@ -1,0 +1,228 @@
+"""Writing the phantom as files in the layout of a public data set, with a sidecar of the truth."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Generator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from medfast.data.phantom.captions import caption, false_captions, prompts
+from medfast.data.phantom.cases import CLASSES, SPLITS, Sample, sample_all
+from medfast.data.phantom.images import render
+from medfast.errors import UsageError, unknown_name
+
+# Raised whenever the same arguments give other files, so that old caches are left behind.
+GENERATOR_VERSION = 1
+LAYOUTS = ("roco",)
+FEWEST_PAIRS = 30
+
+_CHUNK = 32
+_QUESTION_SPLITS = ("validation", "test")
+
+Progress = Callable[[int, int], None]
+
+
+def write_phantom(
+    out: Path,
+    *,
+    layout: str = "roco",
+    pairs: int = 6000,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write procedural medical-like images with captions into `out` and return it.
+
+    Files, in ROCO's original layout: `{train,validation,test}/radiology/captions.txt`,
+    `dlinks.txt` and `images/PHANTOM_00001.jpg`; histology lies under `radiology` too, so that one
+    folder holds all. `phantom.json` at the root, written last, has the labels, the studies and, for
+    validation and test, pairs of a true caption and one with a single wrong detail. Left and right
+    are the viewer's throughout. The files depend on `layout`, `pairs` and `seed` alone, not on
+    `workers`.
+
+    Args:
+        out: The folder to fill; must be new or empty.
+        layout: One of `LAYOUTS`.
+        pairs: Number of images over all splits (80 % train, 10 % validation, 10 % test; whole
+            studies), at least 30.
+        seed: Any number that is not negative.
+        workers: Processes that draw; None takes one per core.
+        progress: Called with (images written, images in all) as the work goes on.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UsageError: An argument is out of range, or `out` cannot be written or is not empty.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     root = write_phantom(Path(folder) / "phantom", pairs=30, workers=1)
+        ...     print(len(list(root.glob("*/radiology/images/*.jpg"))))
+        30
+    """
+    _check_arguments(layout, pairs, seed, workers)
+    out = Path(out)
+    _make_folders(out)
+    samples = sample_all(pairs, seed)
+    for split in SPLITS:
+        _write_texts(out / split / "radiology", [s for s in samples if s.split == split])
+    with closing(_write_images(out, samples, workers or os.cpu_count() or 1)) as counts:
+        for done in accumulate(counts):
+            if progress is not None:
+                progress(done, pairs)
+    sidecar = {
+        "generator": "medfast phantom",
+        "version": GENERATOR_VERSION,
+        "layout": layout,
+        "pairs": pairs,
+        "seed": seed,
+        "label_sets": {
+            label: {"classes": list(classes), "prompts": prompts(label)}
+            for label, classes in CLASSES.items()
+        },
+        "samples": {
+            s.id: {"split": s.split, "study": s.study, "labels": s.case.labels()} for s in samples
+        },
+        "questions": [question for s in samples for question in _questions(s)],
+    }
+    text = json.dumps(sidecar, indent=1, sort_keys=True, ensure_ascii=False)
+    (out / "phantom.json").write_text(text + "\n", encoding="utf-8")
+    return out
+
+
+def cached_phantom(
+    cache_dir: Path,
+    *,
+    layout: str = "roco",
+    pairs: int = 6000,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Return the folder of this phantom below `cache_dir`; writes it on first use.
+
+    It is written beside and renamed, so an interrupted write never leaves a half folder under the
+    name, and of two concurrent writers one wins. The arguments are those of `write_phantom`.
+
+    Returns:
+        `<cache_dir>/phantom-v<GENERATOR_VERSION>-<layout>-<pairs>-seed<seed>`.
+
+    Raises:
+        UsageError: As `write_phantom`.
+    """
+    _check_arguments(layout, pairs, seed, workers)
+    folder = Path(cache_dir) / f"phantom-v{GENERATOR_VERSION}-{layout}-{pairs}-seed{seed}"
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise _unwritable(folder.parent, error) from error
+    try:
+        # A folder inside the temporary one: that has mode 0700, the cache should follow the umask.
+        whole = write_phantom(
+            beside / folder.name,
+            layout=layout,
+            pairs=pairs,
+            seed=seed,
+            workers=workers,
+            progress=progress,
+        )
+        try:
+            whole.rename(folder)
+        except OSError:
+            # Another process was first; its files are the same.
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def _check_arguments(layout: str, pairs: int, seed: int, workers: int | None) -> None:
+    if layout not in LAYOUTS:
+        raise UsageError(unknown_name("phantom: layout", layout, LAYOUTS))
+    if pairs < FEWEST_PAIRS:
+        raise UsageError(
+            f"phantom: pairs must be at least {FEWEST_PAIRS}, so that every split has some; "
+            f"got {pairs}. Ask for more pairs."
+        )
+    if seed < 0:
+        raise UsageError(f"phantom: seed must not be negative; got {seed}. Give 0 or more.")
+    if workers is not None and workers < 1:
+        raise UsageError(f"phantom: workers must be at least 1; got {workers}. Give 1 or more.")
+
+
+def _make_folders(out: Path) -> None:
+    try:
+        if out.exists() and any(out.iterdir()):
+            raise UsageError(
+                f"phantom: out must be a new or empty folder; {out} has files in it. "
+                "Name another folder, or empty this one."
+            )
+        for split in SPLITS:
+            (out / split / "radiology" / "images").mkdir(parents=True)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> UsageError:
+    return UsageError(
+        f"phantom: out must be a folder that can be written; {folder}: {error.strerror}. "
+        "Name another folder, or change its permissions."
+    )
+
+
+def _write_texts(folder: Path, samples: list[Sample]) -> None:
+    captions = "".join(f"{s.id}\t {caption(s)}\n" for s in samples)
+    links = "".join(f"{s.id}\tmedfast phantom {s.study}\t{s.id}.jpg\n" for s in samples)
+    (folder / "captions.txt").write_text(captions, encoding="utf-8")
+    (folder / "dlinks.txt").write_text(links, encoding="utf-8")
+
+
+def _write_images(out: Path, samples: list[Sample], workers: int) -> Generator[int, None, None]:
+    """Write every image and yield the number written, chunk by chunk."""
+    chunks = [samples[start : start + _CHUNK] for start in range(0, len(samples), _CHUNK)]
+    write = partial(_write_chunk, out)
+    if workers == 1:
+        yield from map(write, chunks)
+        return
+    # Ctrl-C reaches the whole process group: the parent answers it and stops the workers.
+    pool = ProcessPoolExecutor(
+        min(workers, len(chunks)),
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    )
+    try:
+        yield from pool.map(write, chunks)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _write_chunk(out: Path, samples: list[Sample]) -> int:
+    for sample in samples:
+        path = out / sample.split / "radiology" / "images" / f"{sample.id}.jpg"
+        render(sample).save(path, quality=90)
+    return len(samples)
+
+
+def _questions(sample: Sample) -> list[dict[str, Any]]:
+    if sample.split not in _QUESTION_SPLITS:
+        return []
+    true = caption(sample)
+    return [
+        {"id": sample.id, "split": sample.split, "about": detail, "true": true, "false": false}
+        for detail, false in false_captions(sample).items()
+    ]

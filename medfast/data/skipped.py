@@ -1,0 +1,56 @@
+"""Samples that could not be used: listed, counted, and too many of them refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from medfast.errors import UsageError
+
+
+class Skipped(NamedTuple):
+    """A sample that could not be used."""
+
+    key: str
+    path: str
+    reason: str
+
+
+class SkippedSamples:
+    """Lists samples that could not be used on disk, and stops a run that has too many.
+
+    Args:
+        path: The `skipped.jsonl` to write; made with the first such sample.
+        total: Samples of all splits in use.
+        limit: Share of `total` above which to stop.
+    """
+
+    def __init__(self, path: Path, total: int, limit: float) -> None:
+        self._path = path
+        self._total = total
+        self._limit = limit
+        self._seen: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def add(self, samples: Iterable[Skipped]) -> None:
+        """Record samples, each once however often it comes.
+
+        Raises:
+            UsageError: their share is over the limit.
+        """
+        new = [s for s in samples if s.path not in self._seen]
+        if not new:
+            return
+        self._seen.update(s.path for s in new)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(s._asdict(), ensure_ascii=False) + "\n" for s in new)
+        if len(self) > self._limit * self._total:
+            raise UsageError(
+                f"{len(self)} of {self._total} samples could not be used, more than "
+                f"--max-bad-samples {self._limit:g} allows; they are listed in {self._path}. "
+                f"The last one: {new[-1].path} ({new[-1].reason})."
+            )

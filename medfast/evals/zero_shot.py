@@ -1,0 +1,51 @@
+"""Zero-shot classification: an image takes the class whose prompts lie nearest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from medfast.evals.encode import Encoder
+from medfast.evals.metrics import bootstrap_ci
+
+
+def class_features(encoder: Encoder, prompts: Sequence[Sequence[str]]) -> Tensor:
+    """Return one unit feature per class [K, D]: the mean over the class's prompts."""
+    means = [encoder.texts(of_class).mean(0) for of_class in prompts]
+    return F.normalize(torch.stack(means), dim=-1)
+
+
+def zero_shot(
+    encoder: Encoder,
+    images: Tensor,
+    labels: Sequence[int],
+    groups: Sequence[int],
+    prompts: Sequence[Sequence[str]],
+) -> dict[str, Any]:
+    """Return the accuracy over classes, with its chance level and interval.
+
+    Args:
+        encoder: Embeds the prompts.
+        images: Unit image features [N, D].
+        labels: Class of each image, N.
+        groups: Study of each image, N.
+        prompts: Prompts of each class, K lists.
+    """
+    predicted = (images @ class_features(encoder, prompts).T).argmax(1)
+    correct = (predicted == torch.tensor(labels)).double()
+    counts = torch.bincount(torch.tensor(labels), minlength=len(prompts))
+    return {
+        "n": len(labels),
+        "classes": len(prompts),
+        "metrics": {"accuracy": correct.mean().item()},
+        # The better of guessing evenly and always naming the most frequent class.
+        "chance": {"accuracy": max(1 / len(prompts), counts.max().item() / len(labels))},
+        "ci95": {"accuracy": bootstrap_ci(correct.numpy(), groups)},
+        "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+    }

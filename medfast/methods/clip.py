@@ -1,0 +1,28 @@
+"""`clip`: InfoNCE between global features (Radford 2021, arXiv 2103.00020)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from medfast.data.loader import Batch
+from medfast.methods.base import Method
+from medfast.models.pair import Features
+from medfast.ops import clip_loss
+
+
+class Clip(Method):
+    ops: ClassVar[tuple[str, ...]] = ("clip_loss",)
+    weights: ClassVar[dict[str, float]] = {"clip": 1.0}
+
+    def forward(self, features: Features, batch: Batch) -> dict[str, Tensor]:
+        return {
+            "clip": clip_loss(
+                features.image,
+                features.text,
+                features.logit_scale,
+                positives=self.positives(batch),
+                impl=self.impl,
+            )
+        }

@@ -1,0 +1,26 @@
+"""`local`: InfoNCE plus word-to-patch alignment (Huang 2021, GLoRIA)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from medfast.data.loader import Batch
+from medfast.methods.clip import Clip
+from medfast.models.pair import Features
+from medfast.ops import local_alignment_loss
+
+
+class Local(Clip):
+    ops: ClassVar[tuple[str, ...]] = ("clip_loss", "local_alignment_loss")
+    weights: ClassVar[dict[str, float]] = {"clip": 1.0, "local": 1.0}
+    needs_tokens = True
+
+    def forward(self, features: Features, batch: Batch) -> dict[str, Tensor]:
+        assert features.patches is not None  # because of needs_tokens
+        assert features.tokens is not None
+        local = local_alignment_loss(
+            features.patches, features.tokens, batch.word_mask, impl=self.impl
+        )
+        return {**super().forward(features, batch), "local": local}

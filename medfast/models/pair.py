@@ -1,0 +1,184 @@
+"""The image tower, the text tower and the shared space between them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medfast.data.tokens import Tokenizer
+from medfast.models.presets import Preset
+
+LOG_SCALE_INIT = math.log(1 / 0.07)
+LOG_SCALE_MAX = math.log(100)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the model says of a batch of B pairs.
+
+    Attributes:
+        image: Unit global image features [B, D].
+        text: Unit global text features [B, D].
+        patches: Projected patch features [B, P, D], not normalised; None unless asked for.
+        tokens: Projected token features [B, T, D], not normalised; None unless asked for.
+        logit_scale: The learnable scale, exponentiated, a scalar.
+    """
+
+    image: Tensor
+    text: Tensor
+    patches: Tensor | None
+    tokens: Tensor | None
+    logit_scale: Tensor
+
+
+class ImageTower(nn.Module):
+    """A timm model that gives one global feature and a feature per patch.
+
+    Args:
+        preset: Shape of the tower and normalisation of its input.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, preset: Preset) -> None:
+        super().__init__()
+        import timm
+
+        args: dict[str, Any] = {"num_classes": 0, **preset.image_args}
+        if preset.image.startswith(("vit_", "deit")):
+            args["img_size"] = preset.image_size
+        trunk: Any = timm.create_model(preset.image, **args)
+        self.trunk = trunk
+        self.width: int = trunk.num_features
+        self.register_buffer(
+            "mean", torch.tensor(preset.mean).view(3, 1, 1) * 255, persistent=False
+        )
+        self.register_buffer("std", torch.tensor(preset.std).view(3, 1, 1) * 255, persistent=False)
+        with torch.no_grad():
+            size = (1, 3, preset.image_size, preset.image_size)
+            patches = self.eval()(torch.zeros(size, dtype=torch.uint8))[1].shape[1]
+        # Patches are rows of a square, side x side.
+        self.grid = (math.isqrt(patches), math.isqrt(patches))
+        self.train()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return global [B, C] and patch [B, P, C] features of uint8 images [B, 3, H, W]."""
+        features = self.trunk.forward_features((images - self.mean) / self.std)
+        pooled = self.trunk.forward_head(features, pre_logits=True)
+        if features.ndim == 4:
+            channels_last = getattr(self.trunk, "output_fmt", "NCHW") == "NHWC"
+            patches = features.flatten(1, 2) if channels_last else features.flatten(2).mT
+        else:
+            patches = features[:, self.trunk.num_prefix_tokens :]
+        return pooled, patches
+
+
+class TextTower(nn.Module):
+    """A transformers model that gives one global feature and a feature per token.
+
+    Args:
+        preset: Shape of the tower.
+        vocab_size: Entries of the tokenizer.
+        special_ids: Ids of the tokens that the configuration names, such as `pad_token_id`.
+    """
+
+    def __init__(self, preset: Preset, vocab_size: int, special_ids: dict[str, int]) -> None:
+        super().__init__()
+        from transformers import AutoConfig, AutoModel
+
+        shape = dict(preset.text)
+        config = AutoConfig.for_model(
+            shape.pop("model_type"),
+            **shape,
+            vocab_size=vocab_size,
+            max_position_embeddings=preset.context_length,
+            **special_ids,
+        )
+        # BERT's own pooler is trained by next-sentence prediction, which does not exist here.
+        args = {"add_pooling_layer": False} if config.model_type == "bert" else {}
+        self.trunk: Any = AutoModel.from_config(config, **args)
+        self.width: int = config.hidden_size
+
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return global [B, C] and token [B, T, C] features of token ids [B, T].
+
+        The global feature is the one at the end token where the model has such a pooler (CLIP),
+        else the mean over the tokens of `mask`.
+        """
+        output = self.trunk(input_ids=ids, attention_mask=mask)
+        tokens = output.last_hidden_state
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is None:
+            weight = mask.unsqueeze(-1).to(tokens.dtype)
+            pooled = (tokens * weight).sum(1) / weight.sum(1)
+        return pooled, tokens
+
+
+class ImageTextModel(nn.Module):
+    """Two towers, their projections into the shared space and the learnable logit scale.
+
+    Args:
+        preset: Shape of the towers.
+        vocab_size: Entries of the tokenizer.
+        special_ids: See `TextTower`.
+        token_features: Also project patches and tokens, for losses and maps that need them.
+    """
+
+    def __init__(
+        self,
+        preset: Preset,
+        vocab_size: int,
+        special_ids: dict[str, int],
+        token_features: bool = False,
+    ) -> None:
+        super().__init__()
+        self.image_tower = ImageTower(preset)
+        self.text_tower = TextTower(preset, vocab_size, special_ids)
+        self.image_projection = _projection(self.image_tower.width, preset.embed_dim)
+        self.text_projection = _projection(self.text_tower.width, preset.embed_dim)
+        self.patch_projection: nn.Linear | None = None
+        self.token_projection: nn.Linear | None = None
+        if token_features:
+            self.patch_projection = _projection(self.image_tower.width, preset.embed_dim)
+            self.token_projection = _projection(self.text_tower.width, preset.embed_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(LOG_SCALE_INIT))
+
+    def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return unit global [B, D] and, where built, patch [B, P, D] features."""
+        pooled, patches = self.image_tower(images)
+        local = self.patch_projection(patches) if self.patch_projection else None
+        return F.normalize(self.image_projection(pooled).float(), dim=-1), local
+
+    def encode_text(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return unit global [B, D] and, where built, token [B, T, D] features."""
+        pooled, tokens = self.text_tower(ids, mask)
+        local = self.token_projection(tokens) if self.token_projection else None
+        return F.normalize(self.text_projection(pooled).float(), dim=-1), local
+
+    def forward(self, images: Tensor, ids: Tensor, mask: Tensor) -> Features:
+        """Return the features of B pairs: uint8 images [B, 3, H, W], ids and mask [B, T]."""
+        image, patches = self.encode_image(images)
+        text, tokens = self.encode_text(ids, mask)
+        return Features(image, text, patches, tokens, self.logit_scale.exp())
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Keep the scale in [1, 100], as CLIP does after each step."""
+        self.logit_scale.clamp_(0, LOG_SCALE_MAX)
+
+
+def _projection(width: int, embed_dim: int) -> nn.Linear:
+    layer = nn.Linear(width, embed_dim, bias=False)
+    nn.init.normal_(layer.weight, std=width**-0.5)
+    return layer
+
+
+def build_model(preset: Preset, tokenizer: Tokenizer, token_features: bool) -> ImageTextModel:
+    """Return the untrained model of `preset` for the vocabulary of `tokenizer`."""
+    return ImageTextModel(preset, len(tokenizer), tokenizer.special_ids, token_features)

@@ -1,0 +1,65 @@
+"""clip_loss with csrc's kernels: the chunks of chunked.py, each tile passed over once, in place."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from medfast import _C
+from medfast.ops.clip.chunked import TileOps
+
+# Above this scale no one shift serves every row: sums may fall below what fp32 can hold.
+_MAX_SCALE = 150.0
+# With logits up to `scale`, sums of 2^86 at most; a row that goes below e^-70 is done again.
+_HEADROOM = 60.0
+# What the kernel adds for a logit too far down (e^-87) is 2^-23 of such a sum, or less.
+_SMALLEST_PER_TERM = 2.0**-102
+# The kernel's largest exponential is e^88: a sum below this holds none that was cut.
+_LARGEST = math.exp(85)
+
+
+class CpuTileOps(TileOps):
+    """Exponentials of the logits minus one constant serve rows and columns at once.
+
+    Where the constant does not suit a tile (a huge scale, unnormalised features, a row far from
+    everything) the tile takes the exact path of `TileOps` instead.
+    """
+
+    def __init__(self, logit_scale: Tensor) -> None:
+        scale = abs(logit_scale.item())
+        self.shift = max(scale - _HEADROOM, 0.0)
+        self.has_shift = scale <= _MAX_SCALE
+
+    def logsumexp(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        if self.has_shift:
+            rows, columns = (logits.new_empty(size) for size in logits.shape)
+            _C.clip_loss_sums(
+                logits.data_ptr(), *logits.shape, self.shift, rows.data_ptr(), columns.data_ptr()
+            )
+            smallest = max(logits.shape) * _SMALLEST_PER_TERM
+            if all(_within(sums, smallest, _LARGEST) for sums in (rows, columns)):
+                return rows.log_().add_(self.shift), columns.log_().add_(self.shift)
+        return super().logsumexp(logits)
+
+    def softmaxes_(self, logits: Tensor, rows: Tensor, columns: Tensor) -> None:
+        lowest = self.shift + math.log(max(logits.shape) * _SMALLEST_PER_TERM)
+        highest = self.shift + math.log(_LARGEST)
+        if self.has_shift and all(_within(sums, lowest, highest) for sums in (rows, columns)):
+            row_weights, column_weights = (torch.exp(self.shift - sums) for sums in (rows, columns))
+            _C.clip_loss_softmaxes(
+                logits.data_ptr(),
+                *logits.shape,
+                self.shift,
+                row_weights.data_ptr(),
+                column_weights.data_ptr(),
+            )
+        else:
+            super().softmaxes_(logits, rows, columns)
+
+
+def _within(values: Tensor, lowest: float, highest: float) -> bool:
+    """Return whether all values are between the two; false where any is NaN."""
+    low, high = values.aminmax()
+    return low.item() > lowest and high.item() < highest

@@ -1,0 +1,126 @@
+"""Argument checks and the choice of implementation, shared by every op."""
+
+from __future__ import annotations
+
+import logging
+import numbers
+
+import torch
+from torch import Tensor
+
+from medfast.errors import unknown_name
+
+# What can run each op, best first.
+IMPLEMENTATIONS = {
+    "clip_loss": ("cpu", "torch", "reference"),
+    "local_alignment_loss": ("torch", "reference"),
+}
+_NAMES = ("cuda", "triton", "cpu", "torch", "reference")
+
+try:
+    # After torch, so that both share its OpenMP threads.
+    from medfast import _C  # noqa: F401
+except ImportError as error:
+    _CSRC_ERROR: str | None = str(error)
+else:
+    _CSRC_ERROR = None
+
+_logger = logging.getLogger("medfast")
+_logged: set[tuple[str, str]] = set()
+
+
+def why_not(op: str, impl: str, features: Tensor | None = None) -> str | None:
+    """Return why `impl` cannot run `op` on `features` (None: on this machine), or None."""
+    if impl not in IMPLEMENTATIONS[op]:
+        return f"{op} has no such implementation yet"
+    if impl == "cpu":
+        if _CSRC_ERROR:
+            return f"medfast's C++ kernels are not built ({_CSRC_ERROR})"
+        if features is not None and features.device.type != "cpu":
+            return f"the features are on {features.device}"
+        if features is not None and features.dtype == torch.float64:
+            return "its sums are in fp32, the features in fp64"
+    return None
+
+
+def choose(op: str, impl: str, features: Tensor) -> str:
+    """Return the implementation to run: the one asked for or, for "auto", the best that can.
+
+    Raises:
+        ValueError: No implementation is called `impl`.
+        RuntimeError: The one asked for cannot run; the sentence says why and what to ask for.
+    """
+    runnable = [name for name in IMPLEMENTATIONS[op] if why_not(op, name, features) is None]
+    if impl == "auto":
+        impl = runnable[0]
+        if not torch.compiler.is_compiling() and (op, impl) not in _logged:
+            _logged.add((op, impl))
+            _logger.info("%s: impl='auto' runs %r", op, impl)
+        return impl
+    if impl not in _NAMES:
+        raise ValueError(f"{op}: " + unknown_name("impl", impl, ("auto", *_NAMES)))
+    if impl not in runnable:
+        raise RuntimeError(
+            f"{op}: impl={impl!r} cannot run here: {why_not(op, impl, features)}. "
+            f"Use impl={runnable[0]!r} or impl='auto'."
+        )
+    return impl
+
+
+def argument_error(op: str, argument: str, must: str, got: object, remedy: str) -> ValueError:
+    """Return the error for one argument, in the words that every op uses."""
+    return ValueError(f"{op}: {argument} must be {must}; got {got}. {remedy}")
+
+
+def check_features(op: str, letters: str, **features: Tensor) -> None:
+    """Refuse features that are not `letters`-shaped, not floating, or differ in dtype or device.
+
+    Args:
+        op: The op that asks.
+        letters: One shape letter per dimension, as in "B, D"; the sizes are the caller's to compare.
+        features: The tensors by argument name.
+    """
+    (first_name, first), *_ = features.items()
+    for name, value in features.items():
+        if value.dim() != letters.count(",") + 1 or 0 in value.shape:
+            raise argument_error(
+                op, name, f"[{letters}] with no empty dimension", list(value.shape), "Reshape it."
+            )
+        if not value.is_floating_point():
+            raise argument_error(op, name, "floating point", value.dtype, f"Use {name}.float().")
+        if value.dtype != first.dtype:
+            raise argument_error(
+                op, name, f"of {first_name}'s dtype {first.dtype}", value.dtype, "Convert one."
+            )
+        check_device(op, name, value, first)
+
+
+def check_device(op: str, name: str, value: Tensor, features: Tensor) -> None:
+    """Refuse a tensor that is not where the features are."""
+    if value.device != features.device:
+        raise argument_error(
+            op, name, f"on {features.device}, as the features", value.device, "Move it there."
+        )
+
+
+def check_mask(op: str, name: str, mask: Tensor, features: Tensor) -> None:
+    """Refuse a mask that is not boolean and one entry per feature vector."""
+    shape = list(features.shape[:-1])
+    if mask.dtype != torch.bool or list(mask.shape) != shape:
+        got = f"{mask.dtype} {list(mask.shape)}"
+        raise argument_error(op, name, f"torch.bool {shape}", got, "True marks what counts.")
+    check_device(op, name, mask, features)
+
+
+def as_scalar(op: str, name: str, value: float | Tensor, features: Tensor) -> Tensor:
+    """Return a number, or a tensor of one element, as a 0-d tensor beside the features."""
+    if isinstance(value, numbers.Real):
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        return torch.full((), float(value), dtype=dtype, device=features.device)
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise argument_error(
+            op, name, "a number or a floating-point tensor of one element", got, "Pass one value."
+        )
+    check_device(op, name, value, features)
+    return value.reshape(())

@@ -1,0 +1,42 @@
+"""The cross-entropy of matching pairs, exact also where the matches win by far."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy(logits: Tensor, positives: Tensor | None = None) -> Tensor:
+    """Return the mean of the row-wise and the column-wise cross-entropy of `logits`.
+
+    Row i costs `mean_p (logsumexp_j l_ij - l_ip)` over its positives p: those of the same id, or
+    only p = i. Written with the diagonal d_i = l_ii outside the sum,
+
+        softplus(logsumexp_{j != i} l_ij - d_i) + mean_p (d_i - l_ip),
+
+    it does not round to 0, nor its gradient, when the diagonal dwarfs the rest.
+
+    Args:
+        logits: [B, B], row i and column i are a pair.
+        positives: [B], equal ids mark positives of one another; None stands for B different ids.
+
+    Returns:
+        The loss, a 0-d tensor in the dtype of `logits`.
+    """
+    diagonal = logits.diagonal()
+    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    others = logits.masked_fill(own, -torch.inf)
+    loss = cross_entropy_of_sums(diagonal, others.logsumexp(1), others.logsumexp(0))
+    if positives is not None:
+        same = (positives[:, None] == positives).to(logits.dtype)
+        target = same / same.sum(1, keepdim=True)
+        # The target is symmetric, so rows and columns add the same.
+        loss = loss + (target * (diagonal[:, None] - logits)).sum() / len(logits)
+    return loss
+
+
+def cross_entropy_of_sums(diagonal: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the loss from each pair's own logit and its log-sum-exps over the others, all [B]."""
+    # -logsigmoid is softplus without the threshold at which torch's softplus turns linear.
+    return -(F.logsigmoid(diagonal - rows) + F.logsigmoid(diagonal - columns)).mean() / 2

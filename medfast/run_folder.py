@@ -1,0 +1,131 @@
+"""The run folder: one place for everything that a run writes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medfast.config import TrainConfig
+from medfast.errors import UsageError
+
+
+class RunFolder:
+    """`params.yaml out.log metrics.jsonl checkpoints/ results.jsonl report.html` of one run.
+
+    Args:
+        path: The folder, which exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.params = path / "params.yaml"
+        self.log = path / "out.log"
+        self.metrics = path / "metrics.jsonl"
+        self.results = path / "results.jsonl"
+        self.skipped = path / "skipped.jsonl"
+        self.report = path / "report.html"
+        self.checkpoints = path / "checkpoints"
+        self.tokenizer = path / "tokenizer"
+
+    @classmethod
+    def create(cls, config: TrainConfig) -> RunFolder:
+        """Make the new run folder of the named run `config` and write its `params.yaml`.
+
+        Raises:
+            UsageError: it exists already or cannot be written.
+        """
+        path = Path(config.logs).expanduser() / str(config.name)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+            run = cls(path)
+            params = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+            run.params.write_text(params, encoding="utf-8")
+        except FileExistsError:
+            raise UsageError(
+                f"--name: the run folder {path} exists already. Choose another --name, or go on "
+                "with it by --resume latest."
+            ) from None
+        except OSError as error:
+            raise UsageError(
+                f"--logs: the run folder {path} cannot be written ({error.strerror}). Choose "
+                "another folder with --logs."
+            ) from None
+        return run
+
+    def remove(self) -> None:
+        """Delete the folder of a run that never began."""
+        shutil.rmtree(self.path)
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether no step was logged and no sample listed yet."""
+        return not (self.metrics.exists() or self.skipped.exists())
+
+    @contextlib.contextmanager
+    def logged(self) -> Iterator[None]:
+        """Within the context, everything that medfast logs also goes to `out.log`."""
+        logger = logging.getLogger("medfast")
+        handler = logging.FileHandler(self.log, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+        try:
+            yield
+        except BaseException as error:
+            # To the file alone: the command reports the error on the console.
+            record = logger.makeRecord(
+                "medfast",
+                logging.ERROR,
+                "",
+                0,
+                "stopped by %s: %s",
+                (type(error).__name__, error),
+                None,
+            )
+            handler.handle(record)
+            raise
+        finally:
+            logger.removeHandler(handler)
+            handler.close()
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add one row to `metrics.jsonl`."""
+        _append(self.metrics, [row])
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the rows of `metrics.jsonl`."""
+        if not self.metrics.exists():
+            return []
+        with self.metrics.open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file if line.strip()]
+
+    def write_results(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write `results.jsonl` anew."""
+        self.results.unlink(missing_ok=True)
+        _append(self.results, rows)
+
+
+def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON does not have, by null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,311 @@
+"""`python -m medfast.train`: data, model and method to a trained, evaluated run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import random
+import sys
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from medfast import __version__, cli
+from medfast.config import TrainConfig, resumed
+from medfast.data import SPLITS, read_split
+from medfast.errors import UsageError
+from medfast.models import PRESETS
+
+if TYPE_CHECKING:
+    import torch
+
+    from medfast.data.records import Record
+    from medfast.data.tokens import Tokenizer
+    from medfast.evals.encode import Embeddings, Encoder
+    from medfast.methods.base import Method
+    from medfast.run_folder import RunFolder
+
+T = TypeVar("T")
+
+# By name: run as a command, this module is called __main__.
+log = logging.getLogger("medfast.train")
+
+EVAL_BATCH_SIZE = 128
+# Pairs that are scored after every epoch for the run's curves.
+VALIDATION_PAIRS = 512
+# Held-out pairs that the report shows, and how many of them with attention maps.
+CONTACT_EXAMPLES = 24
+ATTENTION_EXAMPLES = 8
+PHANTOM_NOTE = (
+    "The phantom is generated: a stand-in that shows whether training works, not a medical result."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `python -m medfast.train ...`."""
+
+    def command() -> None:
+        config, given = cli.parse_train(argv)
+        cli.log_to_console()
+        started = time.perf_counter()
+        path = train(config, given)
+        if path is not None:
+            log.info(
+                "finished in %.0f s; the run folder is %s", time.perf_counter() - started, path
+            )
+
+    cli.run(command, "medfast.train")
+
+
+def train(config: TrainConfig, given: Collection[str] = ()) -> Path | None:
+    """Train, evaluate and report one run.
+
+    Args:
+        config: The settings.
+        given: Names of the settings that were asked for; on --resume they must agree with the
+            run's own, and all others are taken from it.
+
+    Returns:
+        The run folder; None for a dry run.
+
+    Raises:
+        UsageError: something that the user can mend.
+    """
+    from medfast import checkpoint
+    from medfast.device import pick_device
+    from medfast.methods import method_class
+    from medfast.run_folder import RunFolder
+
+    state = None
+    if config.resume is not None:
+        path = checkpoint.find(config.resume, Path(config.logs).expanduser(), config.name)
+        state = checkpoint.load(path)
+        config = resumed(config, given, state["config"])
+        run = RunFolder(path.parent.parent)
+    device = pick_device(config.device)
+    method = method_class(config.method)(config.fused_loss, config.group_positives)
+    method.check_impl(device)
+    if config.dry_run:
+        print(describe(config, method))
+        return None
+    if state is None:
+        name = config.name or time.strftime(f"{config.method}-{config.model}-%Y%m%d-%H%M%S")
+        config = dataclasses.replace(config, name=name)
+        run = RunFolder.create(config)
+    try:
+        with run.logged():
+            log.info("medfast %s on %s, run folder %s", __version__, device, run.path)
+            fit_and_evaluate(config, run, method, device, state)
+    except UsageError:
+        if state is None and run.is_untouched:
+            run.remove()  # the name stays free for the next try
+        raise
+    return run.path
+
+
+def fit_and_evaluate(
+    config: TrainConfig,
+    run: RunFolder,
+    method: Method,
+    device: torch.device,
+    state: Mapping[str, Any] | None,
+) -> None:
+    """Fill the run folder: checkpoints and metrics, then results and the report.
+
+    Args:
+        config: The settings.
+        run: The run folder.
+        method: What turns features into losses.
+        device: Where to compute.
+        state: The checkpoint to go on from.
+    """
+    import torch
+
+    from medfast.data.loader import Loader
+    from medfast.data.skipped import SkippedSamples
+    from medfast.evals.encode import Encoder
+    from medfast.evals.retrieval import retrieval
+    from medfast.models.pair import build_model
+    from medfast.trainer import Trainer
+
+    preset = PRESETS[config.model]
+    root = data_root(config)
+    splits = {split: read_split(source(config), root, split) for split in SPLITS}
+    sizes = ", ".join(f"{len(records)} {split}" for split, records in splits.items())
+    log.info("%s: %s pairs in %s", source(config), sizes, root)
+    tokenizer = load_tokenizer(config, splits["train"], run)
+    total = sum(len(records) for records in splits.values())
+    skipped = SkippedSamples(run.skipped, total, config.max_bad_samples)
+
+    torch.manual_seed(config.seed)
+    model = build_model(preset, tokenizer, method.needs_tokens)
+    model.to(device, memory_format=torch.channels_last)
+    method.to(device)
+    encoder = Encoder(model, tokenizer, device, config.precision)
+
+    def loader(records: Sequence[Record], batch_size: int, crop: float | None = None) -> Loader:
+        size, seed, workers = preset.image_size, config.seed, config.workers
+        return Loader(records, tokenizer, size, batch_size, crop, seed, workers)
+
+    validation = loader(some(splits["validation"], VALIDATION_PAIRS, config.seed), EVAL_BATCH_SIZE)
+    trainer = Trainer(
+        config=config,
+        model=model,
+        method=method,
+        loader=loader(splits["train"], config.batch_size, preset.crop),
+        run=run,
+        skipped=skipped,
+        device=device,
+        validate=lambda: retrieval(encoder.pairs(validation, skipped)),
+    )
+    if state is not None:
+        trainer.restore(state)
+        log.info("resumed after epoch %d, step %d", trainer.epoch, trainer.step)
+    log.info(
+        "%s on %s: %.1f M parameters, %d epochs of %d steps of %d pairs",
+        *(config.method, config.model, sum(p.numel() for p in model.parameters()) / 1e6),
+        *(config.epochs, len(trainer.loader), config.batch_size),
+    )
+    trainer.fit()
+
+    log.info("evaluating the held-out split")
+    embeddings = encoder.pairs(loader(splits["test"], EVAL_BATCH_SIZE), skipped)
+    results = evaluate(config, encoder, embeddings, splits["test"], root)
+    run.write_results(results)
+    log.info("%s", cli.results_table(results))
+    if len(skipped):
+        log.info("%d samples could not be used; they are in %s", len(skipped), run.skipped)
+    write_run_report(config, run, encoder, splits["test"], embeddings, results)
+
+
+def evaluate(
+    config: TrainConfig,
+    encoder: Encoder,
+    embeddings: Embeddings,
+    records: Sequence[Record],
+    root: Path,
+) -> list[dict[str, Any]]:
+    """Return the result rows of the held-out split, each with where it comes from."""
+    from medfast.data.records import read_sidecar
+    from medfast.evals.held_out import evaluate_held_out
+    from medfast.evals.provenance import provenance
+
+    origin = {"dataset": source(config), "seed": config.seed, **provenance()}
+    rows = []
+    asked = time.perf_counter()
+    for found in evaluate_held_out(encoder, embeddings, records, read_sidecar(root), "test"):
+        rows.append({**found, **origin, "seconds": time.perf_counter() - asked})
+        asked = time.perf_counter()
+    return rows
+
+
+def source(config: TrainConfig) -> str:
+    """Return the name of the run's data set."""
+    return config.train_data.partition(":")[0]
+
+
+def data_root(config: TrainConfig) -> Path:
+    """Return the folder of the run's data set; the phantom is written there on first use."""
+    folder = config.train_data.partition(":")[2]
+    if source(config) != "phantom":
+        return Path(folder).expanduser()
+    from tqdm import tqdm
+
+    from medfast.data.phantom import cached_phantom
+
+    with tqdm(desc="phantom", unit="image", disable=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            if bar.total is None:
+                log.info("writing %d phantom images, once", total)
+            bar.total = total
+            bar.update(done - bar.n)
+
+        cache = Path(config.cache_dir).expanduser()
+        return cached_phantom(cache, pairs=config.phantom_pairs, progress=progress)
+
+
+def load_tokenizer(config: TrainConfig, records: Sequence[Record], run: RunFolder) -> Tokenizer:
+    """Return the run's tokenizer: the one it has, the one asked for, or a new one; keep it."""
+    from medfast.data.tokens import Tokenizer
+
+    preset = PRESETS[config.model]
+    length = preset.context_length
+    if run.tokenizer.is_dir():
+        return Tokenizer.load(run.tokenizer, length)
+    if config.tokenizer is not None:
+        tokenizer = Tokenizer.load(Path(config.tokenizer).expanduser(), length)
+    else:
+        captions = (record.caption for record in records if record.caption)
+        tokenizer = Tokenizer.train(captions, preset.vocab_size, length)
+    tokenizer.save(run.tokenizer)
+    return tokenizer
+
+
+def some(items: Sequence[T], count: int, seed: int) -> list[T]:
+    """Return at most `count` of `items`, drawn by `seed`."""
+    return random.Random(seed).sample(items, min(count, len(items)))
+
+
+def write_run_report(
+    config: TrainConfig,
+    run: RunFolder,
+    encoder: Encoder,
+    records: Sequence[Record],
+    embeddings: Embeddings,
+    results: Sequence[Mapping[str, Any]],
+) -> None:
+    """Write the run's report.html from its metrics, its results and a few held-out pairs."""
+    from medfast.data.loader import decode
+    from medfast.evals.attention import attention_examples
+    from medfast.evals.retrieval import ranks
+    from medfast.report import ContactExample, write_report
+
+    found = ranks(embeddings.image, embeddings.text).tolist()
+    shown = some(range(len(found)), CONTACT_EXAMPLES, config.seed)
+    pairs = [(records[int(embeddings.index[row])], found[row]) for row in shown]
+    attended = [record for record, _ in pairs[:ATTENTION_EXAMPLES]]
+    write_report(
+        run.report,
+        name=run.path.name,
+        params=dataclasses.asdict(config),
+        history=run.read_metrics(),
+        results=results,
+        contact=[ContactExample(decode(r.image), r.caption, rank) for r, rank in pairs],
+        attention=attention_examples(encoder, attended, PRESETS[config.model].image_size),
+        note=PHANTOM_NOTE if source(config) == "phantom" else "",
+    )
+
+
+def describe(config: TrainConfig, method: Method) -> str:
+    """Return what --dry-run prints: data, model, loss terms and settings."""
+    from medfast.models.pair import ImageTextModel
+
+    preset = PRESETS[config.model]
+    model = ImageTextModel(preset, preset.vocab_size, {}, method.needs_tokens)
+    millions = {
+        name: sum(p.numel() for p in part.parameters()) / 1e6
+        for name, part in (("image", model.image_tower), ("text", model.text_tower), ("all", model))
+    }
+    terms = " + ".join(f"{weight:g} {name}" for name, weight in method.weights.items())
+    lines = [
+        f"method    {config.method}: loss = {terms}, implementation {config.fused_loss}",
+        f"model     {config.model}: {preset.image} at {preset.image_size} px, "
+        f"{preset.text['model_type']}, D {preset.embed_dim}",
+        f"parameters {millions['all']:.1f} M (image tower {millions['image']:.1f} M, text tower "
+        f"{millions['text']:.1f} M at {preset.vocab_size} tokens)",
+    ]
+    if source(config) == "phantom":
+        pairs = config.phantom_pairs - 2 * round(config.phantom_pairs / 10)
+    else:
+        pairs = len(read_split(source(config), data_root(config), "train"))
+    steps = max(1, pairs // config.batch_size)
+    lines.append(f"data      {config.train_data}: {pairs} training pairs")
+    lines.append(f"training  {config.epochs} epochs of {steps} steps of {config.batch_size} pairs")
+    lines += [f"  {k}: {v}" for k, v in dataclasses.asdict(config).items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
