@@ -72,27 +72,40 @@ def argument_error(op: str, argument: str, must: str, got: object, remedy: str) 
     return ValueError(f"{op}: {argument} must be {must}; got {got}. {remedy}")
 
 
-def check_features(op: str, letters: str, **features: Tensor) -> None:
-    """Refuse features that are not `letters`-shaped, not floating, or differ in dtype or device.
+def check_features(op: str, **features: tuple[Tensor, str]) -> None:
+    """Refuse features of the wrong shape, and such as differ in a size, a dtype or a device.
 
     Args:
         op: The op that asks.
-        letters: One shape letter per dimension, as in "B, D"; the sizes are the caller's to compare.
-        features: The tensors by argument name.
+        features: By argument name, each tensor and one letter per dimension, as in "B P D"; a
+            letter stands for one size wherever it appears.
     """
-    (first_name, first), *_ = features.items()
-    for name, value in features.items():
-        if value.dim() != letters.count(",") + 1 or 0 in value.shape:
-            raise argument_error(
-                op, name, f"[{letters}] with no empty dimension", list(value.shape), "Reshape it."
-            )
+    first, _ = next(iter(features.values()))
+    sizes: dict[str, int] = {}
+    for name, (value, letters) in features.items():
+        layout = f"[{letters.replace(' ', ', ')}]"
+        if not isinstance(value, Tensor):
+            raise argument_error(op, name, f"a tensor {layout}", type(value), "Convert it.")
+        if value.dim() != len(letters.split()) or 0 in value.shape:
+            must = f"{layout} with no size of 0"
+            raise argument_error(op, name, must, list(value.shape), "Reshape it.")
         if not value.is_floating_point():
             raise argument_error(op, name, "floating point", value.dtype, f"Use {name}.float().")
         if value.dtype != first.dtype:
-            raise argument_error(
-                op, name, f"of {first_name}'s dtype {first.dtype}", value.dtype, "Convert one."
-            )
+            must = f"{first.dtype} like the other features"
+            raise argument_error(op, name, must, value.dtype, "Convert one of them.")
         check_device(op, name, value, first)
+        for letter, size in zip(letters.split(), value.shape, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                shapes = " and ".join(str(list(other.shape)) for other, _ in features.values())
+                layouts = " and ".join(other.replace(" ", ", ") for _, other in features.values())
+                raise argument_error(
+                    op,
+                    " and ".join(features),
+                    f"[{layouts.replace(' and ', '] and [')}] with one {letter}",
+                    shapes,
+                    "Pass one report per image, projected to the width of the image features.",
+                )
 
 
 def check_device(op: str, name: str, value: Tensor, features: Tensor) -> None:

@@ -1,0 +1,80 @@
+import dataclasses
+
+import pytest
+import torch
+
+from medfast.models import PRESETS
+from medfast.models.pair import ImageTextModel
+
+IDS = torch.tensor([[1, 7, 8, 9, 3, 0], [1, 7, 3, 0, 0, 0]])
+MASK = IDS != 0
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 3}
+
+
+def _model(preset, token_features=True):
+    torch.manual_seed(0)
+    return ImageTextModel(preset, 50, SPECIAL, token_features).eval()
+
+
+def _images(preset, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    size = (2, 3, preset.image_size, preset.image_size)
+    return torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+
+
+# The full shape of vit_b16_clip with fewer layers: the wiring is the same.
+VIT = dataclasses.replace(
+    PRESETS["vit_b16_clip"],
+    image_args={"depth": 1},
+    text={**PRESETS["vit_b16_clip"].text, "num_hidden_layers": 2},
+)
+
+
+@pytest.mark.parametrize(("preset", "grid"), [(PRESETS["tiny"], 6), (VIT, 14)])
+def test_features_have_the_shapes_they_promise(preset, grid):
+    model = _model(preset)
+    features = model(_images(preset), IDS, MASK)
+    D = preset.embed_dim
+    assert features.image.shape == features.text.shape == (2, D)
+    assert features.patches.shape == (2, grid * grid, D)
+    assert features.tokens.shape == (2, 6, D)
+    assert model.image_tower.grid == (grid, grid)
+    for unit in (features.image, features.text):
+        torch.testing.assert_close(unit.norm(dim=-1), torch.ones(2))
+    assert features.logit_scale.item() == pytest.approx(1 / 0.07)
+
+
+@pytest.mark.parametrize("preset", [PRESETS["tiny"], VIT])
+def test_padding_does_not_change_the_text(preset):
+    model = _model(preset)
+    alone, alone_tokens = model.encode_text(IDS[1:, :3], MASK[1:, :3])
+    padded, padded_tokens = model.encode_text(IDS, MASK)
+    torch.testing.assert_close(alone[0], padded[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(alone_tokens[0], padded_tokens[1, :3], rtol=1e-4, atol=1e-4)
+
+
+def test_patches_keep_their_place():
+    model = _model(PRESETS["tiny"])
+    dark = torch.zeros(1, 3, 96, 96, dtype=torch.uint8)
+    lit = dark.clone()
+    lit[..., 72:88, 8:24] = 255  # lower left: row 4 or 5, column 0 or 1 of the 6 x 6 grid
+    change = (model.encode_image(lit)[1] - model.encode_image(dark)[1]).norm(dim=-1)
+    row, column = divmod(change.argmax().item(), 6)
+    assert row >= 4
+    assert column <= 1
+
+
+def test_the_scale_stays_within_its_bounds():
+    model = _model(PRESETS["tiny"])
+    for value, kept in ((9.0, 100.0), (-3.0, 1.0)):
+        model.logit_scale.data.fill_(value)
+        model.clamp_logit_scale()
+        assert model.logit_scale.exp().item() == pytest.approx(kept)
+
+
+def test_a_method_without_token_features_has_no_projections_for_them():
+    model = _model(PRESETS["tiny"], token_features=False)
+    features = model(_images(PRESETS["tiny"]), IDS, MASK)
+    assert features.patches is None
+    assert features.tokens is None
+    assert not any("patch" in name or "token_pro" in name for name, _ in model.named_parameters())

@@ -1,0 +1,47 @@
+import pytest
+
+from medfast.config import TrainConfig, resumed
+from medfast.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"method": "loacl"}, "'local'.*Known: clip, local"),
+        ({"model": "tinny"}, "'tiny'.*Known: tiny, vit_b16_clip"),
+        ({"precision": "fp23"}, "'fp32'"),
+        ({"train_data": "rocco:/x"}, "'roco'"),
+        ({"train_data": "roco"}, "roco:FOLDER"),
+        ({"train_data": "phantom:/x"}, "--cache-dir"),
+        ({"batch_size": 1}, "--batch-size must be at least 2"),
+        ({"lr": 0.0}, "--lr must be above 0"),
+        ({"epochs": "3"}, "--epochs must be int; got '3'"),
+        ({"workers": True}, "--workers must be int"),
+        ({"max_bad_samples": 2}, "--max-bad-samples must be a share"),
+        ({"name": "../x"}, "--name must be a plain folder name"),
+        ({"grad_clip_norm": -1.0}, "--grad-clip-norm must be above 0"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_its_flag(setting, says):
+    with pytest.raises(UsageError, match=says):
+        TrainConfig(**setting)
+
+
+def test_a_whole_number_is_a_number():
+    assert TrainConfig(lr=1).lr == 1
+
+
+def test_a_resumed_run_keeps_its_own_settings():
+    saved = {"lr": 0.5, "seed": 3, "log_every": 7}
+    config = resumed(TrainConfig(log_every=9), {"log_every"}, saved)
+    assert (config.lr, config.seed, config.log_every) == (0.5, 3, 9)
+
+
+def test_a_resumed_run_refuses_what_would_change_its_numbers():
+    with pytest.raises(UsageError, match=r"--lr is 0\.5 in this run and 0\.1 now"):
+        resumed(TrainConfig(lr=0.1), {"lr"}, {"lr": 0.5})
+
+
+def test_settings_of_another_version_are_refused():
+    with pytest.raises(UsageError, match="do not fit this version"):
+        resumed(TrainConfig(), (), {"no_such_setting": 1})

@@ -1,0 +1,303 @@
+"""The train command from flags to run folder, with good and with damaged input."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from medfast import checkpoint, train
+
+SHORT = ["--epochs", "2", "--batch-size", "16", "--workers", "0", "--warmup", "2"]
+
+
+def _jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _argv(data, logs, *more):
+    return ["--train-data", f"roco:{data}", "--logs", str(logs), "--name", "a", *SHORT, *more]
+
+
+def test_a_run_leaves_everything_it_promises(short_run):
+    assert sorted(p.name for p in short_run.iterdir()) == [
+        *("checkpoints", "metrics.jsonl", "out.log", "params.yaml", "report.html"),
+        *("results.jsonl", "tokenizer"),
+    ]
+    assert [p.name for p in checkpoint.listing(short_run / "checkpoints")] == [
+        "epoch_1.pt",
+        "epoch_2.pt",
+    ]
+    params = yaml.safe_load((short_run / "params.yaml").read_text())
+    assert (params["name"], params["batch_size"], params["method"]) == ("a", 16, "local")
+    assert "epoch 2/2" in (short_run / "out.log").read_text()
+
+
+def test_metrics_hold_every_loss_term_and_the_recall_of_every_epoch(short_run):
+    rows = _jsonl(short_run / "metrics.jsonl")
+    steps = [row for row in rows if row["kind"] == "train"]
+    assert steps[-1]["step"] == 12
+    assert steps[-1]["losses"].keys() == {"clip", "local"}
+    assert steps[-1]["loss"] == pytest.approx(sum(steps[-1]["losses"].values()))
+    epochs = [row for row in rows if row["kind"] == "validation"]
+    assert [row["epoch"] for row in epochs] == [1, 2]
+    assert epochs[0]["metrics"].keys() == epochs[0]["chance"].keys()
+
+
+def test_results_carry_what_a_number_needs(short_run):
+    rows = _jsonl(short_run / "results.jsonl")
+    assert {(r["task"], r["name"]) for r in rows} == {
+        ("retrieval", ""),
+        *(("zero_shot", name) for name in ("modality", "finding")),
+        *(("two_choice", name) for name in ("side", "size", "count", "all")),
+    }
+    for row in rows:
+        assert row["n"] > 0
+        assert row["split"] == "test"
+        for name, value in row["metrics"].items():
+            low, high = row["ci95"][name]
+            assert low <= value <= high
+            assert 0 < row["chance"][name] <= 1
+        for key in ("dataset", "seed", "medfast", "torch", "git", "command", "seconds"):
+            assert key in row
+
+
+def test_the_report_shows_words_and_attention(short_run):
+    page = (short_run / "report.html").read_text()
+    assert "Word-to-patch attention" in page
+    assert page.count("<img") > 20
+
+
+def test_clip_runs_without_token_features_and_with_group_positives(phantom, tmp_path):
+    argv = _argv(phantom, tmp_path, "--method", "clip", "--group-positives", "--no-fused-loss")
+    train.main([*argv, "--epochs", "1"])
+    steps = [r for r in _jsonl(tmp_path / "a" / "metrics.jsonl") if r["kind"] == "train"]
+    assert steps[-1]["losses"].keys() == {"clip"}
+    assert "Word-to-patch attention" not in (tmp_path / "a" / "report.html").read_text()
+
+
+def test_the_phantom_is_written_once(tmp_path, capsys):
+    argv = ["--phantom-pairs", "60", "--cache-dir", str(tmp_path / "cache"), *SHORT]
+    argv += ["--logs", str(tmp_path), "--epochs", "1"]
+    train.main([*argv, "--name", "a"])
+    assert "writing 60 phantom images" in capsys.readouterr().err
+    (folder,) = (tmp_path / "cache").iterdir()
+    written = (folder / "phantom.json").stat().st_mtime_ns
+    train.main([*argv, "--name", "b"])
+    assert "writing" not in capsys.readouterr().err
+    assert (folder / "phantom.json").stat().st_mtime_ns == written
+
+
+def test_fused_and_reference_losses_train_alike(phantom, tmp_path):
+    curves = []
+    for name, flag in (("a", "--fused-loss"), ("b", "--no-fused-loss")):
+        argv = _argv(phantom, tmp_path, flag, "--log-every", "1", "--precision", "fp32")
+        train.main([*argv, "--name", name])
+        rows = _jsonl(tmp_path / name / "metrics.jsonl")
+        curves.append([row["loss"] for row in rows if row["kind"] == "train"])
+    assert len(curves[0]) == 12
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+
+
+# Resuming
+
+
+def _weights(run, epoch):
+    return torch.load(run / "checkpoints" / f"epoch_{epoch}.pt", weights_only=True)
+
+
+def _assert_same(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        if isinstance(a[key], dict):
+            _assert_same(a[key], b[key])
+        elif isinstance(a[key], torch.Tensor):
+            assert torch.equal(a[key], b[key]), key
+
+
+def test_a_killed_run_goes_on_bitwise(phantom, tmp_path):
+    """Kill -9 after the first checkpoint, resume, and compare with the undisturbed run."""
+    argv = _argv(phantom, tmp_path, "--epochs", "3", "--keep-checkpoints", "3")
+    train.main([*argv, "--name", "whole"])
+
+    run = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "medfast.train", *argv, "--name", "killed"],
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "epoch_1.pt").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "results.jsonl").exists()
+
+    train.main(["--resume", "latest", "--name", "killed", "--logs", str(tmp_path)])
+    whole, resumed = _weights(tmp_path / "whole", 3), _weights(run, 3)
+    for part in ("state_dict", "method"):
+        _assert_same(whole[part], resumed[part])
+    _assert_same(whole["optimizer"]["state"], resumed["optimizer"]["state"])
+    assert torch.equal(whole["rng"], resumed["rng"])
+    assert (whole["step"], whole["samples"]) == (resumed["step"], resumed["samples"])
+    metrics = [
+        [row["metrics"] for row in _jsonl(tmp_path / name / "results.jsonl")]
+        for name in ("whole", "killed")
+    ]
+    assert metrics[0] == metrics[1]
+
+
+def test_a_finished_run_can_be_evaluated_again(phantom, tmp_path):
+    train.main(_argv(phantom, tmp_path))
+    results = (tmp_path / "a" / "results.jsonl").read_bytes()
+    (tmp_path / "a" / "results.jsonl").unlink()
+    (tmp_path / "a" / "report.html").unlink()
+    train.main(["--resume", str(tmp_path / "a" / "checkpoints" / "epoch_2.pt")])
+    again = _jsonl(tmp_path / "a" / "results.jsonl")
+    assert [r["metrics"] for r in again] == [
+        json.loads(line)["metrics"] for line in results.splitlines()
+    ]
+    assert (tmp_path / "a" / "report.html").exists()
+
+
+def test_resume_refuses_another_learning_rate(short_run, refusal):
+    said = refusal(["--resume", "latest", "--logs", str(short_run.parent), "--lr", "0.5"])
+    assert "--lr is 0.001 in this run and 0.5 now" in said
+
+
+def test_resume_from_nothing_is_refused(tmp_path, refusal):
+    said = refusal(["--resume", "latest", "--name", "x", "--logs", str(tmp_path)])
+    assert "has no checkpoint" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_from_a_missing_file_is_refused(tmp_path, refusal):
+    assert "no such checkpoint" in refusal(["--resume", str(tmp_path / "epoch_1.pt")])
+
+
+def test_resume_from_a_truncated_checkpoint_overwrites_nothing(phantom, tmp_path, refusal):
+    train.main(_argv(phantom, tmp_path))
+    newest = tmp_path / "a" / "checkpoints" / "epoch_2.pt"
+    newest.write_bytes(newest.read_bytes()[:10_000])
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    said = refusal(["--resume", "latest", "--logs", str(tmp_path)])
+    assert "epoch_2.pt is damaged" in said
+    assert "epoch_1.pt" in said
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+# Bad input
+
+
+def test_a_missing_folder_is_refused_and_leaves_no_run(tmp_path, refusal):
+    said = refusal(_argv(tmp_path / "nowhere", tmp_path / "logs"))
+    assert "there is no folder" in said
+    assert list((tmp_path / "logs").iterdir()) == []
+
+
+def test_a_run_that_exists_is_not_overwritten(short_run, phantom, refusal):
+    before = (short_run / "params.yaml").read_bytes()
+    assert "exists already" in refusal(_argv(phantom, short_run.parent, "--lr", "0.5"))
+    assert (short_run / "params.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["a file", "read only"])
+def test_an_unwritable_run_folder_is_refused(phantom, tmp_path, refusal, kind):
+    logs = tmp_path / "logs"
+    if kind == "a file":
+        logs.write_text("")
+    elif os.geteuid() == 0:
+        logs = Path("/proc/medfast")  # root may write anywhere else
+    else:
+        logs.mkdir(mode=0o500)
+    assert "cannot be written" in refusal(_argv(phantom, logs))
+
+
+def _damage(folder, count):
+    """Cut one image in half, empty one, delete the rest of `count`; return their names."""
+    images = sorted((folder / "train" / "radiology" / "images").iterdir())[:count]
+    images[0].write_bytes(images[0].read_bytes()[:500])
+    images[1].write_bytes(b"")
+    for image in images[2:]:
+        image.unlink()
+    return {image.stem for image in images}
+
+
+def test_damaged_images_are_skipped_counted_and_listed(own_phantom, tmp_path, capsys):
+    damaged = _damage(own_phantom, 3)
+    train.main(_argv(own_phantom, tmp_path, "--max-bad-samples", "0.05"))
+    rows = _jsonl(tmp_path / "a" / "skipped.jsonl")
+    assert {row["key"] for row in rows} == damaged
+    assert len(rows) == 3
+    assert "3 samples could not be used" in capsys.readouterr().err
+
+
+def test_too_many_damaged_images_stop_the_run(own_phantom, tmp_path, refusal):
+    _damage(own_phantom, 10)
+    said = refusal(_argv(own_phantom, tmp_path, "--max-bad-samples", "0.05"))
+    assert re.search(
+        r"\d+ of 120 samples could not be used, more than --max-bad-samples 0.05", said
+    )
+    assert _jsonl(tmp_path / "a" / "skipped.jsonl")
+    assert "could not be used" in (tmp_path / "a" / "out.log").read_text()
+
+
+def test_odd_captions_train(own_phantom, tmp_path):
+    captions = own_phantom / "train" / "radiology" / "captions.txt"
+    lines = captions.read_text().splitlines()
+    lines[0] = lines[0].partition("\t")[0] + '\t Опухоль, "слева"\tи 胸部\nsecond line, of two'
+    captions.write_text("\n".join(lines) + "\n")
+    train.main(_argv(own_phantom, tmp_path, "--epochs", "1"))
+    assert not (tmp_path / "a" / "skipped.jsonl").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(phantom, tmp_path, refusal):
+    said = refusal(_argv(phantom, tmp_path, "--lr", "1e30", "--log-every", "1", "--warmup", "0"))
+    assert re.search(r"the loss is (nan|inf) at step \d+", said)
+
+
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_an_implementation_that_cannot_run_is_refused_before_work(phantom, tmp_path, refusal, impl):
+    assert f"--fused-loss {impl}" in refusal(_argv(phantom, tmp_path, "--fused-loss", impl))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_refused(phantom, tmp_path, refusal):
+    assert "finds no GPU" in refusal(_argv(phantom, tmp_path, "--device", "cuda"))
+
+
+def test_a_dry_run_writes_nothing(phantom, tmp_path, capsys):
+    train.main(_argv(phantom, tmp_path, "--dry-run"))
+    shown = capsys.readouterr().out
+    for words in ("1 clip + 1 local", "96 training pairs", "epochs of 6 steps", "parameters"):
+        assert words in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_published_tokenizer_is_used(phantom, short_run, tmp_path):
+    argv = _argv(phantom, tmp_path, "--tokenizer", str(short_run / "tokenizer"), "--epochs", "1")
+    train.main(argv)
+    names = "tokenizer/tokenizer.json"
+    assert (
+        json.loads((tmp_path / "a" / names).read_text())["model"]
+        == json.loads((short_run / names).read_text())["model"]
+    )
+
+
+def test_the_phantom_command_writes_data_that_train_reads(tmp_path, capsys):
+    from medfast.data.__main__ import main
+
+    main(["phantom", "--layout", "roco", "--out", str(tmp_path / "d"), "--pairs", "40"])
+    assert "--train-data roco:" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["phantom", "--layout", "rocco", "--out", str(tmp_path / "e")])
+    assert "Did you mean 'roco'?" in capsys.readouterr().err
