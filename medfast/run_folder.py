@@ -44,17 +44,16 @@ class RunFolder:
             UsageError: it exists already or cannot be written.
         """
         path = Path(config.logs).expanduser() / str(config.name)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.mkdir()
-            run = cls(path)
-            params = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-            run.params.write_text(params, encoding="utf-8")
-        except FileExistsError:
+        if path.exists():
             raise UsageError(
                 f"--name: the run folder {path} exists already. Choose another --name, or go on "
                 "with it by --resume latest."
-            ) from None
+            )
+        run = cls(path)
+        try:
+            path.mkdir(parents=True)
+            params = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+            run.params.write_text(params, encoding="utf-8")
         except OSError as error:
             raise UsageError(
                 f"--logs: the run folder {path} cannot be written ({error.strerror}). Choose "

@@ -139,8 +139,8 @@ def fit_and_evaluate(
     skipped = SkippedSamples(run.skipped, total, config.max_bad_samples)
 
     torch.manual_seed(config.seed)
-    model = build_model(preset, tokenizer, method.needs_tokens)
-    model.to(device, memory_format=torch.channels_last)
+    model = build_model(preset, tokenizer, method.needs_tokens).to(device)
+    model.to(memory_format=torch.channels_last)
     method.to(device)
     encoder = Encoder(model, tokenizer, device, config.precision)
 

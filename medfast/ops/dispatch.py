@@ -15,7 +15,7 @@ IMPLEMENTATIONS = {
     "clip_loss": ("cpu", "torch", "reference"),
     "local_alignment_loss": ("torch", "reference"),
 }
-_NAMES = ("cuda", "triton", "cpu", "torch", "reference")
+NAMES = ("cuda", "triton", "cpu", "torch", "reference")
 
 try:
     # After torch, so that both share its OpenMP threads.
@@ -57,8 +57,8 @@ def choose(op: str, impl: str, features: Tensor) -> str:
             _logged.add((op, impl))
             _logger.info("%s: impl='auto' runs %r", op, impl)
         return impl
-    if impl not in _NAMES:
-        raise ValueError(f"{op}: " + unknown_name("impl", impl, ("auto", *_NAMES)))
+    if impl not in NAMES:
+        raise ValueError(f"{op}: " + unknown_name("impl", impl, ("auto", *NAMES)))
     if impl not in runnable:
         raise RuntimeError(
             f"{op}: impl={impl!r} cannot run here: {why_not(op, impl, features)}. "
@@ -104,7 +104,7 @@ def check_features(op: str, **features: tuple[Tensor, str]) -> None:
                     " and ".join(features),
                     f"[{layouts.replace(' and ', '] and [')}] with one {letter}",
                     shapes,
-                    "Pass one report per image, projected to the width of the image features.",
+                    "Pass one text per image, projected to the width of the image features.",
                 )
 
 
@@ -116,13 +116,33 @@ def check_device(op: str, name: str, value: Tensor, features: Tensor) -> None:
         )
 
 
-def check_mask(op: str, name: str, mask: Tensor, features: Tensor) -> None:
-    """Refuse a mask that is not boolean and one entry per feature vector."""
+def check_mask(op: str, name: str, mask: Tensor, features: Tensor, row: str, entry: str) -> None:
+    """Refuse a mask that is not boolean, not one entry per feature vector, or empty in a row.
+
+    Args:
+        op: The op that asks.
+        name: The mask's name.
+        mask: The mask, to be [B, N].
+        features: What it masks, [B, N, D].
+        row: What a row is called.
+        entry: What an entry of a row is called.
+    """
     shape = list(features.shape[:-1])
     if mask.dtype != torch.bool or list(mask.shape) != shape:
         got = f"{mask.dtype} {list(mask.shape)}"
         raise argument_error(op, name, f"torch.bool {shape}", got, "True marks what counts.")
     check_device(op, name, mask, features)
+    # Looking at values would make a GPU wait, and cannot be compiled.
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        empty = (~mask.any(1)).nonzero()
+        if len(empty):
+            raise argument_error(
+                op,
+                name,
+                f"true somewhere in every row, since each {row} needs a {entry}",
+                f"{row} {empty[0].item()} with no valid {entry}",
+                "Leave it out of the batch.",
+            )
 
 
 def as_scalar(op: str, name: str, value: float | Tensor, features: Tensor) -> Tensor:

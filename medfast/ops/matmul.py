@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
-def _onednn_linear():
+def _onednn_linear() -> Callable[..., Tensor] | None:
     # An operator of torch's compiler, not of its documented interface: it may go.
     if torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available():
         return getattr(torch.ops.mkldnn, "_linear_pointwise", None)

@@ -10,10 +10,13 @@ import numpy as np
 
 from medfast.data.phantom.cases import (
     CLASSES,
+    COUNTS,
     DETAILS,
     FINDINGS,
     NO_FINDING,
     SECTIONS,
+    SIDES,
+    SIZES,
     Case,
     Finding,
     Sample,
@@ -190,19 +193,21 @@ def false_captions(sample: Sample) -> dict[str, str]:
 
 
 def prompts(label: str) -> list[list[str]]:
-    """Return the zero-shot prompts of a label set: four to eight phrases per class."""
+    """Return the zero-shot prompts of a label set: an ensemble of phrases per class.
+
+    The prompts of a class differ in everything but the class, evenly, so that their mean says
+    nothing else.
+    """
     return [_PROMPTS[label](name) for name in CLASSES[label]]
 
 
 def _modality_prompts(modality: str) -> list[str]:
-    nouns, organs = _MODALITY_NOUNS[modality], SECTIONS[modality]
+    nouns = _MODALITY_NOUNS[modality]
     return [
-        phrase
-        for noun, organ in zip(nouns, organs, strict=True)
-        for phrase in (
-            f"{_ORGAN_ADJECTIVES[organ][0]} {noun} showing a lesion",
-            f"{noun} of {_ORGAN_NOUNS[organ][0]}",
-        )
+        f"{noun} of {_ORGAN_NOUNS[organ][0]} showing {lesion} on the {side}"
+        for noun, organ in zip(nouns, SECTIONS[modality], strict=True)
+        for side in SIDES
+        for lesion in _lesions()
     ]
 
 
@@ -225,6 +230,14 @@ def _finding_prompts(finding: str) -> list[str]:
         phrase
         for singular, plural in _FINDING_NOUNS[finding]
         for phrase in (f"image showing a single small {singular}", f"two large {plural}")
+    ]
+
+
+def _lesions() -> list[str]:
+    """Return every finding, each in a size and a count that take turns."""
+    return [
+        f"{_NUMERALS[count][0]} {size} {_FINDING_NOUNS[finding][0][count != 'one']}"
+        for finding, size, count in zip(FINDINGS, SIZES * 3, COUNTS * 2, strict=True)
     ]
 
 

@@ -82,12 +82,13 @@ def clip_loss_bwd(
         weight = d_loss / (2 * len(image))
         d_scale = logit_scale.new_empty(0)
         if needs_scale:
-            product = text * d_text if d_image is None else image * d_image
-            d_scale = (product.sum() * weight).to(logit_scale.dtype)
+            held = [(x, d) for x, d in ((image, d_image), (text, d_text)) if d is not None]
+            features, gradient = held[0]
+            d_scale = ((features * gradient).sum() * weight).to(logit_scale.dtype)
         weight = weight * logit_scale
         return (
-            (d_image * weight).to(image.dtype) if needs_image else image.new_empty(0),
-            (d_text * weight).to(text.dtype) if needs_text else text.new_empty(0),
+            _weighted(d_image if needs_image else None, weight, image),
+            _weighted(d_text, weight, text),
             d_scale,
         )
 
@@ -134,6 +135,10 @@ def _tile_ops(impl: str, logit_scale: Tensor) -> TileOps:
 
         return CpuTileOps(logit_scale)
     return TileOps()
+
+
+def _weighted(gradient: Tensor | None, weight: Tensor, features: Tensor) -> Tensor:
+    return features.new_empty(0) if gradient is None else (gradient * weight).to(features.dtype)
 
 
 def _minus_group_mean(features: Tensor, positives: Tensor) -> Tensor:

@@ -36,7 +36,12 @@ class CpuTileOps(TileOps):
         if self.has_shift:
             rows, columns = (logits.new_empty(size) for size in logits.shape)
             _C.clip_loss_sums(
-                logits.data_ptr(), *logits.shape, self.shift, rows.data_ptr(), columns.data_ptr()
+                logits.data_ptr(),
+                logits.shape[0],
+                logits.shape[1],
+                self.shift,
+                rows.data_ptr(),
+                columns.data_ptr(),
             )
             smallest = max(logits.shape) * _SMALLEST_PER_TERM
             if all(_within(sums, smallest, _LARGEST) for sums in (rows, columns)):
@@ -50,7 +55,8 @@ class CpuTileOps(TileOps):
             row_weights, column_weights = (torch.exp(self.shift - sums) for sums in (rows, columns))
             _C.clip_loss_softmaxes(
                 logits.data_ptr(),
-                *logits.shape,
+                logits.shape[0],
+                logits.shape[1],
                 self.shift,
                 row_weights.data_ptr(),
                 column_weights.data_ptr(),

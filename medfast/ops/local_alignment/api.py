@@ -23,7 +23,48 @@ def local_alignment_loss(
     temp_pairs: float | Tensor = 10.0,
     impl: str = "auto",
 ) -> Tensor:
-    """Return the loss of aligning every report's words with every image's patches."""
+    """Return the loss of aligning every report's words with every image's patches (GLoRIA).
+
+    For report i and image j, S = W_i V_j^T; a softmax over the words, times `temp_attention`, then
+    a softmax over the patches give the attention A, and c_w = sum_p A_wp v_p is what word w sees:
+
+        Z_ij = log sum_w exp(temp_words cos(c_w, w)),
+
+    and the loss is the cross-entropy of `temp_pairs * Z` with the matching pairs, the mean of both
+    directions. "reference" keeps B x B x T x P scores; "torch" works in tiles within
+    `MEDFAST_WORKSPACE_MB` and keeps B x B.
+
+    Args:
+        patches: Patch features [B, P, D], fp32, bf16, fp16 or fp64; not normalised.
+        tokens: Token features [B, T, D], likewise; caption i belongs to image i.
+        token_mask: bool [B, T], true for the caption's own words: no padding, start or end.
+        patch_mask: bool [B, P], true for patches that count; None counts all.
+        temp_attention: Sharpness of the attention, a number or a tensor of one element.
+        temp_words: Sharpness of the sum over words, likewise.
+        temp_pairs: Sharpness of the cross-entropy over pairs, likewise.
+        impl: "auto", "torch" or "reference".
+
+    Returns:
+        The loss, a scalar: fp32, or fp64 for fp64 features.
+
+    Raises:
+        ValueError: An argument has another shape, dtype or device, a caption has no word or an
+            image no patch that counts (seen on a CPU; on a GPU, where looking would wait for it,
+            the loss is NaN), or `impl` is unknown.
+        RuntimeError: `impl` cannot run here.
+
+    Source:
+        Huang et al. 2021, "GLoRIA: A Multimodal Global-Local Representation Learning Framework
+        for Label-efficient Medical Image Recognition".
+
+    Example:
+        >>> import torch
+        >>> from medfast.ops import local_alignment_loss
+        >>> patches = tokens = torch.eye(4).reshape(2, 2, 4)
+        >>> mask = torch.ones(2, 2, dtype=torch.bool)
+        >>> round(local_alignment_loss(patches, tokens, mask, temp_pairs=1.0).item(), 4)
+        0.0071
+    """
     _check(_OP, patches, tokens, token_mask, patch_mask)
     attention, words, pairs = (
         dispatch.as_scalar(_OP, name, value, patches)
@@ -56,7 +97,21 @@ def word_patch_attention(
     patch_mask: Tensor | None = None,
     temp_attention: float | Tensor = 4.0,
 ) -> Tensor:
-    """Return the attention of each caption's words over the patches of its own image."""
+    """Return the attention of each caption's words over the patches of its own image.
+
+    Args:
+        patches: As in `local_alignment_loss`.
+        tokens: As in `local_alignment_loss`.
+        token_mask: As in `local_alignment_loss`.
+        patch_mask: As in `local_alignment_loss`.
+        temp_attention: As in `local_alignment_loss`.
+
+    Returns:
+        Weights [B, T, P] in at least fp32: each word's sum to 1, those of masked words are 0.
+
+    Raises:
+        ValueError: As in `local_alignment_loss`.
+    """
     op = "word_patch_attention"
     _check(op, patches, tokens, token_mask, patch_mask)
     with torch.autocast(patches.device.type, enabled=False):
@@ -72,8 +127,7 @@ def word_patch_attention(
 def _check(
     op: str, patches: Tensor, tokens: Tensor, token_mask: Tensor, patch_mask: Tensor | None
 ) -> None:
-    dispatch.check_features(op, "B, P, D", patches=patches)
-    dispatch.check_features(op, "B, T, D", tokens=tokens)
-    dispatch.check_mask(op, "token_mask", token_mask, tokens)
+    dispatch.check_features(op, patches=(patches, "B P D"), tokens=(tokens, "B T D"))
+    dispatch.check_mask(op, "token_mask", token_mask, tokens, "caption", "word")
     if patch_mask is not None:
-        dispatch.check_mask(op, "patch_mask", patch_mask, patches)
+        dispatch.check_mask(op, "patch_mask", patch_mask, patches, "image", "patch")

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from medfast.ops import dispatch
 from medfast.ops.local_alignment.reference import MIN_NORM
 from medfast.ops.matmul import matmul
 from medfast.ops.workspace import workspace_bytes
@@ -47,7 +46,7 @@ class _Words(NamedTuple):
 class _Images(NamedTuple):
     """A few images: letters g images, P patches."""
 
-    index: slice
+    where: slice  # in the batch
     patches: Tensor  # [g, P, D], zeros where masked
     gram: Tensor  # [g, P, P]
     masked: Tensor | None  # [g, P]
@@ -74,13 +73,14 @@ def forward(
 ) -> Tensor:
     """Return Z [B, B]: how well caption i (row) matches image j (column)."""
     groups, waves = _plan(patches, tokens, token_mask, patch_mask)
-    scores = patches.new_empty(len(patches), len(patches), dtype=temp_words.dtype)
+    dtype = torch.promote_types(patches.dtype, torch.float32)
+    scores = patches.new_empty(len(patches), len(patches), dtype=dtype)
     for images in waves:
         for words in groups:
             logits = _tile(words, images, temp_attention).cosines * temp_words
             logits.index_fill_(0, words.padding, -torch.inf)
             for block in words.blocks:
-                scores[block.captions, images.index] = _by_caption(logits, block).logsumexp(1)
+                scores[block.captions, images.where] = _by_caption(logits, block).logsumexp(1)
     return scores
 
 
@@ -102,14 +102,14 @@ def backward(
     tiny = torch.finfo(scores.dtype).tiny
     for images in waves:
         patch_features = images.patches.flatten(0, 1)
-        d_wave = d_patches[images.index]
+        d_wave = d_patches[images.where]
         d_gram = torch.zeros_like(images.gram)
         for words, d_group in zip(groups, d_features, strict=True):
             tile = _tile(words, images, temp_attention)
 
             # A word takes the share of its caption's gradient that it has in the log-sum-exp.
-            share = torch.exp(tile.cosines * temp_words - scores[words.captions, images.index])
-            share.mul_(d_scores[words.captions, images.index]).index_fill_(0, words.padding, 0)
+            share = torch.exp(tile.cosines * temp_words - scores[words.captions, images.where])
+            share.mul_(d_scores[words.captions, images.where]).index_fill_(0, words.padding, 0)
             d_temp_words += (share * tile.cosines).sum()
             d_cosines = share * temp_words
 
@@ -162,11 +162,9 @@ def _plan(
     return groups, _waves(patches, patch_mask, dtype, size)
 
 
-def _pack(
-    tokens: Tensor, token_mask: Tensor, dtype: torch.dtype, most_rows: int
-) -> list[_Words]:
+def _pack(tokens: Tensor, token_mask: Tensor, dtype: torch.dtype, most_rows: int) -> list[_Words]:
     """Return all captions, the longest first, in groups of one block or of `most_rows` at most."""
-    B, T, _ = tokens.shape
+    T = tokens.shape[1]
     lengths, order = token_mask.sum(1).sort(descending=True, stable=True)
     valid_first = (~token_mask).to(torch.uint8).argsort(dim=1, stable=True)
     groups: list[list[_Block]] = []
@@ -194,13 +192,13 @@ def _waves(
     patches: Tensor, patch_mask: Tensor | None, dtype: torch.dtype, size: int
 ) -> Iterator[_Images]:
     for start in range(0, len(patches), size):
-        index = slice(start, start + size)
-        wave = patches[index].to(dtype).contiguous()
+        where = slice(start, start + size)
+        wave = patches[where].to(dtype).contiguous()
         masked = None
         if patch_mask is not None:
-            masked = ~patch_mask[index]
+            masked = ~patch_mask[where]
             wave = wave.masked_fill(masked[..., None], 0)
-        yield _Images(index, wave, wave @ wave.mT, masked)
+        yield _Images(where, wave, wave @ wave.mT, masked)
 
 
 def _tile(words: _Words, images: _Images, temp_attention: Tensor) -> _Tile:

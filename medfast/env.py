@@ -1,0 +1,69 @@
+"""What this machine has and what can run on it: the report that goes with every question."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from medfast import __version__
+from medfast.device import has_bf16
+from medfast.ops.dispatch import IMPLEMENTATIONS, NAMES, why_not
+
+PACKAGES = (
+    *("torch", "torchvision", "triton", "timm", "transformers", "tokenizers"),
+    *("numpy", "pillow", "matplotlib", "scikit-learn"),
+)
+
+
+def describe() -> str:
+    """Return versions, devices and, per op, which implementations can run here and why others not.
+
+    Nothing is imported but torch.
+    """
+    lines = [f"medfast {__version__}", "", "versions"]
+    lines += [f"  {'python':<14} {platform.python_version()}"]
+    lines += [f"  {name:<14} {_version(name)}" for name in PACKAGES]
+    lines += ["", "devices", f"  {'system':<14} {platform.platform()}"]
+    lines += [f"  {'cpu':<14} {_cpu()}"]
+    lines += [f"  {'gpu':<14} {_gpu()}"]
+    for op, implementations in IMPLEMENTATIONS.items():
+        lines += ["", op]
+        for name in NAMES:
+            reason = why_not(op, name)
+            chosen = next(impl for impl in implementations if why_not(op, impl) is None)
+            runs = "runs here" + (", chosen by auto on a CPU" if name == chosen else "")
+            lines.append(f"  {name:<14} {runs if reason is None else 'no: ' + reason}")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu() -> str:
+    bf16 = "bf16 in hardware" if has_bf16(torch.device("cpu")) else "no bf16 in hardware"
+    return (
+        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}, {bf16}; csrc: {_csrc()}"
+    )
+
+
+def _csrc() -> str:
+    try:
+        from medfast import _C
+    except ImportError:
+        return "not built"
+    return f"{_C.instruction_set()}, {'OpenMP' if _C.openmp else 'one thread'}"
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    names = (torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return f"{', '.join(names)}; CUDA {torch.version.cuda}"
