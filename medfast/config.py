@@ -81,7 +81,7 @@ class TrainConfig:
         "Count images and captions of one study as positives of one another in the global loss.",
     )
 
-    epochs: int = setting(10, "optimisation", "Passes over the training pairs.")
+    epochs: int = setting(12, "optimisation", "Passes over the training pairs.")
     lr: float = setting(1e-3, "optimisation", "Peak learning rate.")
     wd: float = setting(0.1, "optimisation", "Weight decay of AdamW; none on vectors.")
     beta1: float = setting(0.9, "optimisation", "First momentum of AdamW.")
