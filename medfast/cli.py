@@ -58,7 +58,7 @@ def run(command: Callable[[], None], prog: str) -> None:
             )
         )
     except KeyboardInterrupt:
-        sys.exit(_fail(prog, "stopped by the keyboard; --resume latest goes on.", code=130))
+        sys.exit(_fail(prog, "stopped by the keyboard.", code=130))
 
 
 def _fail(prog: str, message: str, code: int = 2) -> int:

@@ -101,7 +101,8 @@ class Trainer:
             self.step += 1
             self.samples += len(batch)
             bar.update()
-            if self.step % self.config.log_every == 0 or self.step % len(self.loader) == 0:
+            last = self.step % len(self.loader) == 0
+            if self.step == 1 or self.step % self.config.log_every == 0 or last:
                 row = self._describe(losses, norm, lr, len(batch), waiting, started)
                 self.run.append_metrics(row)
                 log.info("%s", _line(row, self.total_steps), extra={"progress": True})

@@ -240,6 +240,14 @@ def test_damaged_images_are_skipped_counted_and_listed(own_phantom, tmp_path, ca
     assert "3 samples could not be used" in capsys.readouterr().err
 
 
+def test_a_run_that_goes_on_does_not_list_a_sample_twice(own_phantom, tmp_path):
+    _damage(own_phantom, 2)
+    train.main(_argv(own_phantom, tmp_path, "--max-bad-samples", "0.05"))
+    (tmp_path / "a" / "checkpoints" / "epoch_2.pt").unlink()
+    train.main(["--resume", "latest", "--logs", str(tmp_path)])
+    assert len(_jsonl(tmp_path / "a" / "skipped.jsonl")) == 2
+
+
 def test_too_many_damaged_images_stop_the_run(own_phantom, tmp_path, refusal):
     _damage(own_phantom, 10)
     said = refusal(_argv(own_phantom, tmp_path, "--max-bad-samples", "0.05"))

@@ -31,7 +31,9 @@ class SkippedSamples:
         self._path = path
         self._total = total
         self._limit = limit
-        self._seen: set[str] = set()
+        # A run that goes on keeps what it has listed before.
+        listed = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self._seen = {json.loads(line)["path"] for line in listed}
 
     def __len__(self) -> int:
         return len(self._seen)

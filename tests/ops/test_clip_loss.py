@@ -221,20 +221,9 @@ def test_registered_op_passes_opcheck(positives):
     torch.library.opcheck(torch.ops.medfast.clip_loss_fwd.default, leaves)
 
 
-def test_memory_stays_within_the_workspace(loss, monkeypatch):
+def test_memory_stays_within_the_workspace(loss, monkeypatch, largest_tensor):
     """B x B logits would be 36 MB; no tensor of the forward or the backward comes near."""
     monkeypatch.setenv("MEDFAST_WORKSPACE_MB", "4")
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            result = func(*args, **(kwargs or {}))
-            for value in result if isinstance(result, tuple | list) else [result]:
-                if isinstance(value, torch.Tensor):
-                    largest = max(largest, value.numel() * value.element_size())
-            return result
-
     from medfast.ops.clip import chunked
 
     tiles = []
@@ -247,11 +236,11 @@ def test_memory_stays_within_the_workspace(loss, monkeypatch):
 
     monkeypatch.setattr(chunked, "_tiles", watched)
     inputs = _inputs(3000, 8)
-    with Watch():
+    with largest_tensor() as largest:
         _loss_and_grads(loss, inputs)
     assert tiles
     assert max(tiles) <= 4 * 2**20
-    assert largest <= 4 * 2**20
+    assert largest.bytes <= 4 * 2**20
 
 
 @pytest.mark.parametrize(

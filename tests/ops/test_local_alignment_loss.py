@@ -210,20 +210,9 @@ def test_registered_op_passes_opcheck(masked_patches):
     torch.library.opcheck(torch.ops.medfast.local_alignment_loss_fwd.default, args)
 
 
-def test_memory_stays_within_the_workspace(monkeypatch):
+def test_memory_stays_within_the_workspace(monkeypatch, largest_tensor):
     """All pairs' similarities would be 40 MB; no tensor comes near."""
     monkeypatch.setenv("MEDFAST_WORKSPACE_MB", "8")
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            result = func(*args, **(kwargs or {}))
-            for value in result if isinstance(result, tuple | list) else [result]:
-                if isinstance(value, torch.Tensor):
-                    largest = max(largest, value.numel() * value.element_size())
-            return result
-
     from medfast.ops.local_alignment import chunked
 
     tiles = []
@@ -236,11 +225,11 @@ def test_memory_stays_within_the_workspace(monkeypatch):
 
     monkeypatch.setattr(chunked, "_tile", watched)
     inputs = _inputs(128, 36, 40, 8)
-    with Watch():
+    with largest_tensor() as largest:
         _loss_and_grads(_fused, inputs)
     assert tiles
     assert max(tiles) <= 8 * 2**20
-    assert largest <= 8 * 2**20
+    assert largest.bytes <= 8 * 2**20
 
 
 def test_attention_is_the_one_of_the_loss():

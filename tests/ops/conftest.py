@@ -1,0 +1,32 @@
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that any operator returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, torch.Tensor):
+                self.bytes = max(self.bytes, value.numel() * value.element_size())
+        return result
+
+
+@pytest.fixture
+def largest_tensor():
+    """A context that yields an object whose `bytes` is the size of the largest tensor made."""
+
+    @contextlib.contextmanager
+    def watch():
+        with _Largest() as largest:
+            yield largest
+
+    return watch

@@ -1,0 +1,58 @@
+"""The README says what is true: its tables and its commands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from medfast import cli
+from medfast.methods import METHODS
+from medfast.ops.dispatch import IMPLEMENTATIONS
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.partition("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+def _table(heading):
+    """Return the rows of the table whose header line starts with `heading`."""
+    rows = README.partition(f"\n| {heading}")[2].partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_every_method_is_listed():
+    assert [row[0].strip("`") for row in _table("`--method`")] == list(METHODS)
+
+
+def test_implementations_are_those_of_the_table():
+    rows = {row[0].strip("`"): row[2:] for row in _table("`impl`")}
+    for column, op in enumerate(("clip_loss", "local_alignment_loss")):
+        listed = {name for name, cells in rows.items() if cells[column] == "yes"}
+        assert listed == set(IMPLEMENTATIONS[op])
+    assert rows.keys() - {"auto"} == set().union(*IMPLEMENTATIONS.values())
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "medfast.train" in c])
+def test_train_commands_parse(command):
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "medfast.train"]
+    if "--help" not in words:
+        cli.parse_train(words[3:])
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
+def test_make_targets_exist(command):
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    assert f"\n{command.split()[1]}:" in makefile
+
+
+def test_environment_variables_are_listed():
+    package = Path(cli.__file__).parent
+    used = set()
+    for path in package.rglob("*.py"):
+        used |= set(re.findall(r"MEDFAST_[A-Z_]+", path.read_text()))
+    assert {row[0].strip("`") for row in _table("environment variable")} == used
