@@ -20,44 +20,42 @@ def clip_loss(
     positives: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Return the contrastive loss of a batch of image-text pairs: InfoNCE in both directions.
+    """Return the contrastive loss of a batch of image-text pairs (InfoNCE, both directions).
 
-    With logits l = logit_scale * image @ text.T and the positives p of row i, the loss is the mean
-    of `logsumexp_j l_ij - mean_p l_ip` over rows, averaged with the same over columns.
+    With logits `l = logit_scale * image @ text.T` it is
 
-    Memory: a few vectors of B and O(B * D). The B x B logits are recomputed in tiles within
-    `MEDFAST_WORKSPACE_MB`; only impl="reference" keeps them.
+        1/2 mean_i (logsumexp_j l_ij - l_ii) + 1/2 mean_j (logsumexp_i l_ij - l_jj),
+
+    exact also where the diagonal wins by far or the features are not normalised. "reference" keeps
+    the B x B logits; "torch" and "cpu" recompute them in tiles within `MEDFAST_WORKSPACE_MB`.
 
     Args:
-        image: [B, D], one row per pair, usually of length 1.
-        text: [B, D], in the dtype of `image`.
-        logit_scale: What the products are multiplied by, not its logarithm; a number or a tensor
-            of one element.
-        positives: [B], int64 group ids. Pairs of one id are positives of one another and share
-            the target evenly; None makes each pair its own only positive.
-        impl: "auto" (the fastest here), "cpu", "torch" or "reference".
+        image: Image features [B, D], fp32, bf16, fp16 or fp64; as a rule of unit length.
+        text: Text features [B, D], likewise; row i belongs to image i.
+        logit_scale: The inverse temperature, a number or a tensor of one element.
+        positives: Group ids, int64 [B]: rows of equal id are positives of one another, the mean
+            over them taken outside the logarithm. None stands for the diagonal alone.
+        impl: "auto", "cpu", "torch" or "reference".
 
     Returns:
-        The loss, a 0-d fp32 tensor (fp64 for fp64 features). Sums are in fp32 whatever the dtype
-        of the features, under autocast too.
+        The loss, a scalar: fp32, or fp64 for fp64 features. NaN features make it NaN.
 
     Raises:
-        ValueError: An argument has a wrong shape, dtype or device, or `impl` is not known.
-        RuntimeError: The implementation asked for cannot run here.
+        ValueError: An argument has another shape, dtype or device, or `impl` is unknown.
+        RuntimeError: `impl` cannot run here.
 
-    Source: Radford et al. 2021, https://arxiv.org/abs/2103.00020
+    Source:
+        Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
+        Supervision", arXiv 2103.00020.
 
     Example:
         >>> import torch
         >>> from medfast.ops import clip_loss
         >>> features = torch.eye(4)
-        >>> print(f"{clip_loss(features, features, 10.0):.6f}")
-        0.000136
-        >>> ids = torch.tensor([0, 0, 1, 2])
-        >>> print(f"{clip_loss(features, features, 10.0, positives=ids):.4f}")
-        2.5001
+        >>> round(clip_loss(features, features, 1.0).item(), 4)
+        0.7437
     """
-    dispatch.check_features(_OP, image=(image, "B, D"), text=(text, "B, D"))
+    dispatch.check_features(_OP, image=(image, "B D"), text=(text, "B D"))
     if positives is not None:
         if positives.dtype != torch.int64 or positives.shape != image.shape[:1]:
             raise dispatch.argument_error(

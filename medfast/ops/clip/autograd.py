@@ -21,9 +21,10 @@ def clip_loss_fwd(
     impl: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the loss and what its gradient needs: see `chunked.forward`."""
-    tile_ops = _tile_ops(impl, logit_scale)
     with torch.autocast(image.device.type, enabled=False):
-        diagonal, rows, columns = chunked.forward(image, text, logit_scale, tile_ops)
+        diagonal, rows, columns = chunked.forward(
+            image, text, logit_scale, _tile_ops(impl, logit_scale)
+        )
         loss = pairwise.cross_entropy_of_sums(diagonal, rows, columns)
         if positives is not None:
             image, text = image.to(loss.dtype), text.to(loss.dtype)
@@ -59,27 +60,35 @@ def clip_loss_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of image, text and logit_scale; empty where `needs` is false."""
     needs_image, needs_text, needs_scale = needs
-    # The scale's gradient follows from either side's: one must be there.
-    with_image = needs_image or (needs_scale and not needs_text)
-    tile_ops = _tile_ops(impl, logit_scale)
+    # One side's product also holds the scale's gradient.
+    holds_image = needs_image or (needs_scale and not needs_text)
     with torch.autocast(image.device.type, enabled=False):
         d_image, d_text = chunked.backward(
-            image, text, logit_scale, diagonal, rows, columns, with_image, needs_text, tile_ops
+            image,
+            text,
+            logit_scale,
+            diagonal,
+            rows,
+            columns,
+            holds_image,
+            needs_text,
+            _tile_ops(impl, logit_scale),
         )
         if positives is not None:
-            if with_image:
+            if d_image is not None:
                 d_image.add_(_minus_group_mean(text.to(d_image.dtype), positives), alpha=2)
-            if needs_text:
+            if d_text is not None:
                 d_text.add_(_minus_group_mean(image.to(d_text.dtype), positives), alpha=2)
         weight = d_loss / (2 * len(image))
         d_scale = logit_scale.new_empty(0)
         if needs_scale:
-            product = image * d_image if with_image else text * d_text
-            d_scale = product.sum() * weight
+            held = [(x, d) for x, d in ((image, d_image), (text, d_text)) if d is not None]
+            features, gradient = held[0]
+            d_scale = ((features * gradient).sum() * weight).to(logit_scale.dtype)
         weight = weight * logit_scale
         return (
-            (d_image * weight).to(image.dtype) if needs_image else image.new_empty(0),
-            (d_text * weight).to(text.dtype) if needs_text else text.new_empty(0),
+            _weighted(d_image if needs_image else None, weight, image),
+            _weighted(d_text, weight, text),
             d_scale,
         )
 
@@ -122,7 +131,6 @@ clip_loss_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 def _tile_ops(impl: str, logit_scale: Tensor) -> TileOps:
     if impl == "cpu":
-        # Only here: csrc may not be built.
         from medfast.ops.clip.cpu import CpuTileOps
 
         return CpuTileOps(logit_scale)

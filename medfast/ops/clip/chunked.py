@@ -12,7 +12,7 @@ from medfast.ops.workspace import workspace_bytes
 
 # A tile of logits and the temporary of its exponentials.
 _LIVE_TILES = 2
-# Enough rows for an efficient product; on a CPU larger tiles only leave the cache.
+# Enough for efficient products; a CPU gains nothing from larger tiles.
 _CPU_ROWS = 512
 
 
@@ -36,7 +36,10 @@ class TileOps:
 
 
 def forward(
-    image: Tensor, text: Tensor, logit_scale: Tensor, tile_ops: TileOps
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    tile_ops: TileOps,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return each pair's logit and the log-sum-exps of its row and column without it, all [B]."""
     image, text = _accumulable(image), _accumulable(text)
@@ -61,11 +64,11 @@ def backward(
     needs_image: bool,
     needs_text: bool,
     tile_ops: TileOps,
-) -> tuple[Tensor, Tensor]:
-    """Return 2 B / logit_scale times the gradients of image and text; empty if not needed."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return 2 B / logit_scale times the gradients of the loss, in fp32, where they are needed."""
     image, text = _accumulable(image), _accumulable(text)
-    d_image = torch.empty_like(image) if needs_image else image.new_empty(0)
-    d_text = torch.zeros_like(text) if needs_text else text.new_empty(0)
+    d_image = torch.empty_like(image) if needs_image else None
+    d_text = torch.zeros_like(text) if needs_text else None
     # softmax - 1 on the diagonal, written as what the others take: nothing cancels.
     d_diagonal = -(torch.sigmoid(rows - diagonal) + torch.sigmoid(columns - diagonal))
     rows, columns = torch.logaddexp(rows, diagonal), torch.logaddexp(columns, diagonal)
@@ -74,9 +77,9 @@ def backward(
         own.fill_(-torch.inf)
         tile_ops.softmaxes_(logits, rows[chunk], columns)
         own.copy_(d_diagonal[chunk])
-        if needs_image:
+        if d_image is not None:
             d_image[chunk] = matmul(logits, text)
-        if needs_text:
+        if d_text is not None:
             d_text += matmul(logits.T, image[chunk])
     return d_image, d_text
 

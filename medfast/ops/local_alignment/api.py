@@ -9,6 +9,8 @@ from medfast.ops import dispatch, pairwise
 from medfast.ops.local_alignment import reference
 from medfast.ops.local_alignment.autograd import local_alignment_loss_fwd
 
+_OP = "local_alignment_loss"
+
 
 def local_alignment_loss(
     patches: Tensor,
@@ -21,54 +23,58 @@ def local_alignment_loss(
     temp_pairs: float | Tensor = 10.0,
     impl: str = "auto",
 ) -> Tensor:
-    """Return the loss of matching the words of every report with the patches of every image.
+    """Return the loss of aligning every report's words with every image's patches (GLoRIA).
 
-    For report i and image j, every word w attends to the patches v_p:
-    S = W_i V_j^T, A = softmax_p(temp_attention * softmax_w(S)), c_w = sum_p A_wp v_p. The pair
-    scores Z_ij = log sum_w exp(temp_words * cos(c_w, w)), and the loss is the cross-entropy of
-    temp_pairs * Z, the mean of both directions.
+    For report i and image j, S = W_i V_j^T; a softmax over the words, times `temp_attention`, then
+    a softmax over the patches give the attention A, and c_w = sum_p A_wp v_p is what word w sees:
 
-    Memory: O(B * B) scores beside the gradients. The [words, B, P] attention is recomputed in
-    tiles within `MEDFAST_WORKSPACE_MB`; only impl="reference" keeps it.
+        Z_ij = log sum_w exp(temp_words cos(c_w, w)),
+
+    and the loss is the cross-entropy of `temp_pairs * Z` with the matching pairs, the mean of both
+    directions. "reference" keeps B x B x T x P scores; "torch" works in tiles within
+    `MEDFAST_WORKSPACE_MB` and keeps B x B.
 
     Args:
-        patches: [B, P, D], the local image features, not normalised.
-        tokens: [B, T, D], the word features, not normalised, in the dtype of `patches`.
-        token_mask: [B, T], True for words. The others never count, whatever they hold.
-        patch_mask: [B, P], True for the patches that count; None for all.
-        temp_attention: Sharpens the attention over patches. All three temperatures are numbers or
-            tensors of one element, and get gradients.
-        temp_words: Sharpens the choice of words in a pair's score.
-        temp_pairs: Sharpens the choice of pairs.
-        impl: "auto" (the fastest here), "torch" or "reference".
+        patches: Patch features [B, P, D], fp32, bf16, fp16 or fp64; not normalised.
+        tokens: Token features [B, T, D], likewise; caption i belongs to image i.
+        token_mask: bool [B, T], true for the caption's own words: no padding, start or end.
+        patch_mask: bool [B, P], true for patches that count; None counts all.
+        temp_attention: Sharpness of the attention, a number or a tensor of one element.
+        temp_words: Sharpness of the sum over words, likewise.
+        temp_pairs: Sharpness of the cross-entropy over pairs, likewise.
+        impl: "auto", "torch" or "reference".
 
     Returns:
-        The loss, a 0-d fp32 tensor (fp64 for fp64 features). Sums are in fp32 whatever the dtype
-        of the features, under autocast too.
+        The loss, a scalar: fp32, or fp64 for fp64 features.
 
     Raises:
-        ValueError: An argument has a wrong shape, dtype or device, a caption has no valid word,
-            an image no valid patch, or `impl` is not known.
-        RuntimeError: The implementation asked for cannot run here.
+        ValueError: An argument has another shape, dtype or device, a caption has no word or an
+            image no patch that counts (seen on a CPU; on a GPU, where looking would wait for it,
+            the loss is NaN), or `impl` is unknown.
+        RuntimeError: `impl` cannot run here.
 
-    Source: Huang et al. 2021, GLoRIA (ICCV); published as the sum of both directions.
+    Source:
+        Huang et al. 2021, "GLoRIA: A Multimodal Global-Local Representation Learning Framework
+        for Label-efficient Medical Image Recognition".
 
     Example:
         >>> import torch
         >>> from medfast.ops import local_alignment_loss
-        >>> patches = torch.eye(4).reshape(2, 2, 4)
-        >>> tokens = 3 * patches
-        >>> mask = torch.tensor([[True, True], [True, False]])
-        >>> print(f"{local_alignment_loss(patches, tokens, mask, temp_pairs=1.0):.4f}")
-        0.0000
+        >>> patches = tokens = torch.eye(4).reshape(2, 2, 4)
+        >>> mask = torch.ones(2, 2, dtype=torch.bool)
+        >>> round(local_alignment_loss(patches, tokens, mask, temp_pairs=1.0).item(), 4)
+        0.0071
     """
-    op = "local_alignment_loss"
-    _check(op, patches, tokens, token_mask, patch_mask)
-    attention = dispatch.as_scalar(op, "temp_attention", temp_attention, patches)
-    words = dispatch.as_scalar(op, "temp_words", temp_words, patches)
-    pairs = dispatch.as_scalar(op, "temp_pairs", temp_pairs, patches)
-    if dispatch.choose(op, impl, patches) == "reference":
-        _check_some_valid(op, token_mask, patch_mask)
+    _check(_OP, patches, tokens, token_mask, patch_mask)
+    attention, words, pairs = (
+        dispatch.as_scalar(_OP, name, value, patches)
+        for name, value in (
+            ("temp_attention", temp_attention),
+            ("temp_words", temp_words),
+            ("temp_pairs", temp_pairs),
+        )
+    )
+    if dispatch.choose(_OP, impl, patches) == "reference":
         with torch.autocast(patches.device.type, enabled=False):
             return reference.local_alignment_loss(
                 patches,
@@ -91,49 +97,37 @@ def word_patch_attention(
     patch_mask: Tensor | None = None,
     temp_attention: float | Tensor = 4.0,
 ) -> Tensor:
-    """Return where in its own image each word of a report looks: A of `local_alignment_loss`.
+    """Return the attention of each caption's words over the patches of its own image.
 
     Args:
-        patches: [B, P, D], the local image features.
-        tokens: [B, T, D], the word features, in the dtype of `patches`.
-        token_mask: [B, T], True for words.
-        patch_mask: [B, P], True for the patches that count; None for all.
-        temp_attention: Sharpens the attention; a number or a tensor of one element.
+        patches: As in `local_alignment_loss`.
+        tokens: As in `local_alignment_loss`.
+        token_mask: As in `local_alignment_loss`.
+        patch_mask: As in `local_alignment_loss`.
+        temp_attention: As in `local_alignment_loss`.
 
     Returns:
-        [B, T, P], at least fp32. The row of a word sums to 1, that of padding is 0.
+        Weights [B, T, P] in at least fp32: each word's sum to 1, those of masked words are 0.
 
     Raises:
-        ValueError: As `local_alignment_loss`.
-
-    Example:
-        >>> import torch
-        >>> from medfast.ops import word_patch_attention
-        >>> patches = torch.eye(4).reshape(2, 2, 4)
-        >>> mask = torch.tensor([[True, True], [True, False]])
-        >>> word_patch_attention(patches, 3 * patches, mask).argmax(2).tolist()
-        [[0, 1], [0, 0]]
+        ValueError: As in `local_alignment_loss`.
     """
     op = "word_patch_attention"
     _check(op, patches, tokens, token_mask, patch_mask)
-    attention = dispatch.as_scalar(op, "temp_attention", temp_attention, patches)
-    _check_some_valid(op, token_mask, patch_mask)
     with torch.autocast(patches.device.type, enabled=False):
         return reference.word_patch_attention(
-            patches, tokens, token_mask, patch_mask=patch_mask, temp_attention=attention
+            patches,
+            tokens,
+            token_mask,
+            patch_mask=patch_mask,
+            temp_attention=dispatch.as_scalar(op, "temp_attention", temp_attention, patches),
         )
 
 
 def _check(
     op: str, patches: Tensor, tokens: Tensor, token_mask: Tensor, patch_mask: Tensor | None
 ) -> None:
-    dispatch.check_features(op, patches=(patches, "B, P, D"), tokens=(tokens, "B, T, D"))
-    dispatch.check_mask(op, "token_mask", token_mask, tokens)
+    dispatch.check_features(op, patches=(patches, "B P D"), tokens=(tokens, "B T D"))
+    dispatch.check_mask(op, "token_mask", token_mask, tokens, "caption", "word")
     if patch_mask is not None:
-        dispatch.check_mask(op, "patch_mask", patch_mask, patches)
-
-
-def _check_some_valid(op: str, token_mask: Tensor, patch_mask: Tensor | None) -> None:
-    # A compiled graph cannot stop at what its tensors hold: there, the result is NaN.
-    if not torch.compiler.is_compiling():
-        dispatch.check_some_valid(op, token_mask, patch_mask)
+        dispatch.check_mask(op, "patch_mask", patch_mask, patches, "image", "patch")

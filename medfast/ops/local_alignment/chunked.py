@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from medfast.ops import dispatch
 from medfast.ops.local_alignment.reference import MIN_NORM
 from medfast.ops.matmul import matmul
 from medfast.ops.workspace import workspace_bytes
@@ -165,10 +164,9 @@ def _plan(
 
 def _pack(tokens: Tensor, token_mask: Tensor, dtype: torch.dtype, most_rows: int) -> list[_Words]:
     """Return all captions, the longest first, in groups of one block or of `most_rows` at most."""
-    B, T, _ = tokens.shape
+    T = tokens.shape[1]
     lengths, order = token_mask.sum(1).sort(descending=True, stable=True)
     valid_first = (~token_mask).to(torch.uint8).argsort(dim=1, stable=True)
-    places = valid_first + torch.arange(B, device=tokens.device)[:, None] * T
     groups: list[list[_Block]] = []
     start = most_rows
     for captions, length in zip(order.split(_BLOCK), lengths[::_BLOCK].tolist(), strict=True):
@@ -180,11 +178,13 @@ def _pack(tokens: Tensor, token_mask: Tensor, dtype: torch.dtype, most_rows: int
         start = stop
     packed = []
     for blocks in groups:
-        rows = torch.cat([places[captions, :length].flatten() for captions, _, length in blocks])
-        padding = (~token_mask.flatten()[rows]).nonzero()[:, 0]
-        features = tokens.flatten(0, 1)[rows].to(dtype).index_fill_(0, padding, 0)
+        places = torch.cat(
+            [(valid_first[c, :length] + c[:, None] * T).flatten() for c, _, length in blocks]
+        )
+        padding = (~token_mask.flatten()[places]).nonzero()[:, 0]
+        features = tokens.flatten(0, 1)[places].to(dtype).index_fill_(0, padding, 0)
         norms = features.norm(dim=1, keepdim=True)
-        packed.append(_Words(blocks, rows, rows // T, padding, features, norms))
+        packed.append(_Words(blocks, places, places // T, padding, features, norms))
     return packed
 
 
