@@ -11,6 +11,8 @@ import torch
 
 from medfast.errors import UsageError
 
+# What a run needs to go on.
+KEYS = {"epoch", "step", "samples", "config", "state_dict", "method", "optimizer", "rng"}
 _NAME = re.compile(r"epoch_(\d+)\.pt")
 
 
@@ -60,8 +62,12 @@ def load(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"--resume {path} is damaged ({type(error).__name__}: {reason}); {remedy}."
         ) from None
-    if not isinstance(state, dict) or "state_dict" not in state or "config" not in state:
-        raise UsageError(f"--resume {path} is not a checkpoint of a medfast run.")
+    missing = KEYS - state.keys() if isinstance(state, dict) else KEYS
+    if missing:
+        raise UsageError(
+            f"--resume {path} is not a checkpoint of a medfast run: it lacks "
+            f"{', '.join(sorted(missing))}."
+        )
     return state
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -128,7 +129,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, annotation in get_type_hints(type(self)).items():
-            _check_type(name, annotation, getattr(self, name))
+            value = getattr(self, name)
+            _check_type(name, annotation, value)
+            self._require(name, not isinstance(value, float) or math.isfinite(value), "finite")
         for item in fields(self):
             known = item.metadata.get("known")
             if known is not None and getattr(self, item.name) not in known:
@@ -138,7 +141,8 @@ class TrainConfig:
             *("save_frequency", "keep_checkpoints", "log_every"),
         ):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("workers", "warmup", "seed", "wd"):
+        self._require("seed", 0 <= self.seed < 2**63, "0 or more and below 2**63")
+        for name in ("workers", "warmup", "wd"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("lr", "eps"):
             self._require(name, getattr(self, name) > 0, "above 0")

@@ -134,6 +134,8 @@ def fit_and_evaluate(
     splits = {split: read_split(source(config), root, split) for split in SPLITS}
     sizes = ", ".join(f"{len(records)} {split}" for split, records in splits.items())
     log.info("%s: %s pairs in %s", source(config), sizes, root)
+    if len(splits["train"]) < 2:
+        raise UsageError(f"{root} holds a single training pair; contrast needs at least 2.")
     tokenizer = load_tokenizer(config, splits["train"], run)
     total = sum(len(records) for records in splits.values())
     skipped = SkippedSamples(run.skipped, total, config.max_bad_samples)

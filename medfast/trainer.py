@@ -177,10 +177,20 @@ class Trainer:
         checkpoint.save(self.run.checkpoints, self.epoch, state, self.config.keep_checkpoints)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over the state that `save` wrote."""
-        self.model.load_state_dict(state["state_dict"])
-        self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Take over the state that `save` wrote.
+
+        Raises:
+            UsageError: it belongs to another model.
+        """
+        try:
+            self.model.load_state_dict(state["state_dict"])
+            self.method.load_state_dict(state["method"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(
+                "--resume: the checkpoint does not fit the run's model "
+                f"({str(error).strip().splitlines()[-1].strip()}); was its tokenizer replaced?"
+            ) from None
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and "rng_cuda" in state:
             torch.cuda.set_rng_state(state["rng_cuda"], self.device)

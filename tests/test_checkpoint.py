@@ -6,7 +6,10 @@ import torch
 from medfast import checkpoint
 from medfast.errors import UsageError
 
-STATE = {"state_dict": {"w": torch.ones(2)}, "config": {"lr": 0.1}}
+STATE = {
+    **dict.fromkeys(checkpoint.KEYS, 0),
+    **{"state_dict": {"w": torch.ones(2)}, "config": {"lr": 0.1}},
+}
 
 
 def test_a_checkpoint_comes_back_and_the_oldest_go(tmp_path):
@@ -58,9 +61,17 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
 
 def test_another_projects_checkpoint_is_refused(tmp_path):
-    torch.save({"model": {}}, tmp_path / "epoch_1.pt")
-    with pytest.raises(UsageError, match="not a checkpoint of a medfast run"):
-        checkpoint.load(tmp_path / "epoch_1.pt")
+    others = {key: STATE[key] for key in checkpoint.KEYS - {"optimizer", "rng"}}
+    for state, lacks in (
+        ({"model": {}}, "config, epoch"),
+        ([1], "config"),
+        (others, "optimizer, rng"),
+    ):
+        torch.save(state, tmp_path / "epoch_1.pt")
+        with pytest.raises(
+            UsageError, match=f"not a checkpoint of a medfast run: it lacks {lacks}"
+        ):
+            checkpoint.load(tmp_path / "epoch_1.pt")
 
 
 def test_latest_is_the_named_run_or_the_newest(tmp_path):

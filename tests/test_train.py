@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,16 @@ def test_resume_from_a_truncated_checkpoint_overwrites_nothing(phantom, tmp_path
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
 
+def test_resume_with_another_tokenizer_is_refused(phantom, tmp_path, refusal):
+    from medfast.data.tokens import Tokenizer
+
+    train.main(_argv(phantom, tmp_path))
+    shutil.rmtree(tmp_path / "a" / "tokenizer")
+    Tokenizer.train(["another vocabulary"], 300, 48).save(tmp_path / "a" / "tokenizer")
+    said = refusal(["--resume", "latest", "--logs", str(tmp_path)])
+    assert "does not fit the run's model" in said
+
+
 # Bad input
 
 
@@ -256,6 +267,25 @@ def test_too_many_damaged_images_stop_the_run(own_phantom, tmp_path, refusal):
     )
     assert _jsonl(tmp_path / "a" / "skipped.jsonl")
     assert "could not be used" in (tmp_path / "a" / "out.log").read_text()
+
+
+def test_a_held_out_split_that_cannot_be_read_is_refused(own_phantom, tmp_path, refusal):
+    for image in (own_phantom / "validation" / "radiology" / "images").iterdir():
+        image.write_bytes(b"")
+    said = refusal(_argv(own_phantom, tmp_path, "--max-bad-samples", "1"))
+    assert "no image of the held-out pairs can be read" in said
+
+
+def test_a_single_training_pair_is_refused(own_phantom, tmp_path, refusal):
+    captions = own_phantom / "train" / "radiology" / "captions.txt"
+    captions.write_text(captions.read_text().splitlines()[0] + "\n")
+    assert "a single training pair" in refusal(_argv(own_phantom, tmp_path))
+    assert list(tmp_path.glob("a")) == []
+
+
+def test_fewer_pairs_than_a_batch_train(own_phantom, tmp_path):
+    train.main(_argv(own_phantom, tmp_path, "--batch-size", "500", "--epochs", "1"))
+    assert _jsonl(tmp_path / "a" / "metrics.jsonl")[0]["samples"] == 96
 
 
 def test_odd_captions_train(own_phantom, tmp_path):

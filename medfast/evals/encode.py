@@ -12,6 +12,7 @@ from medfast.data.loader import Loader
 from medfast.data.skipped import SkippedSamples
 from medfast.data.tokens import Tokenizer
 from medfast.device import autocast
+from medfast.errors import UsageError
 from medfast.models.pair import ImageTextModel
 
 
@@ -55,6 +56,10 @@ class Encoder:
                 image, _ = self.model.encode_image(here.images)
                 text, _ = self.model.encode_text(here.ids, here.mask)
             parts.append((image.cpu(), text.cpu(), batch.index, batch.group))
+        if not parts:
+            raise UsageError(
+                "no image of the held-out pairs can be read; nothing can be evaluated."
+            )
         image, text, index, group = (torch.cat(column) for column in zip(*parts, strict=True))
         return Embeddings(image, text, index, group)
 
