@@ -54,7 +54,7 @@ def run(command: Callable[[], None], prog: str) -> None:
             _fail(
                 prog,
                 f"the package {error.name!r} is missing: install what the commands need with "
-                "pip install 'medfast[train]'.",
+                "pip install '.[train]' in medfast's checkout.",
             )
         )
     except KeyboardInterrupt:

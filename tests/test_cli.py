@@ -105,7 +105,7 @@ def test_a_missing_package_is_named_with_its_remedy(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.run(command, "medfast.train")
     assert "'timm' is missing" in (said := capsys.readouterr().err)
-    assert "pip install 'medfast[train]'" in said
+    assert "pip install '.[train]'" in said
 
 
 def test_results_table_shows_n_interval_and_chance():

@@ -17,7 +17,7 @@ def test_every_op_and_implementation_has_a_line():
 def test_missing_kernels_are_said(monkeypatch):
     monkeypatch.setattr(dispatch, "_CSRC_ERROR", "no module named _C")
     shown = env.describe()
-    assert "cpu            no: medfast's C++ kernels are not built (no module named _C)" in shown
+    assert "cpu            no: the C++ kernels are not there (no module named _C)" in shown
     assert "torch          runs here, chosen by auto on a CPU" in shown
 
 

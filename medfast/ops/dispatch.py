@@ -19,7 +19,7 @@ NAMES = ("cuda", "triton", "cpu", "torch", "reference")
 
 try:
     # After torch, so that both share its OpenMP threads.
-    from medfast import _C  # noqa: F401
+    import medfast._C  # noqa: F401
 except ImportError as error:
     _CSRC_ERROR: str | None = str(error)
 else:
@@ -35,7 +35,7 @@ def why_not(op: str, impl: str, features: Tensor | None = None) -> str | None:
         return f"{op} has no such implementation yet"
     if impl == "cpu":
         if _CSRC_ERROR:
-            return f"medfast's C++ kernels are not built ({_CSRC_ERROR})"
+            return f"the C++ kernels are not there ({_CSRC_ERROR}); reinstall with a compiler"
         if features is not None and features.device.type != "cpu":
             return f"the features are on {features.device}"
         if features is not None and features.dtype == torch.float64:
