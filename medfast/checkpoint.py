@@ -51,6 +51,8 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: the file is missing, cut off or no checkpoint of medfast.
     """
+    if path.is_dir():
+        raise UsageError(f"--resume {path} is a folder; name a checkpoint file in it, or 'latest'.")
     if not path.is_file():
         raise UsageError(f"--resume {path}: there is no such checkpoint.")
     try:
@@ -58,9 +60,8 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:  # zipfile, pickle and torch each have their own for damaged files
         older = [p.name for p in listing(path.parent) if p != path]
         remedy = f"name an older one: {', '.join(older)}" if older else "there is no older one"
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else ""
         raise UsageError(
-            f"--resume {path} is damaged ({type(error).__name__}: {reason}); {remedy}."
+            f"--resume {path} is damaged or no checkpoint ({type(error).__name__}); {remedy}."
         ) from None
     missing = KEYS - state.keys() if isinstance(state, dict) else KEYS
     if missing:

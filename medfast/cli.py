@@ -195,8 +195,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog="commands:\n" + "".join(f"  {n:6} {text}\n" for n, text in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", metavar="COMMAND", help="one of: " + ", ".join(COMMANDS))
+    parser.add_argument("command", metavar="COMMAND", nargs="?", help="one of those below")
     name = parser.parse_args(arguments[:1]).command
+    if name is None:
+        parser.error(f"COMMAND is missing; it is one of: {', '.join(COMMANDS)}.")
     if name not in COMMANDS:
         parser.error(unknown_name("command", name, COMMANDS))
     if name == "env":

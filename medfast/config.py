@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from medfast.data import SOURCES
@@ -123,7 +124,7 @@ class TrainConfig:
     dry_run: bool = setting(
         False,
         "run",
-        "Check everything, print what would run and stop.",
+        "Check the settings and the data, print what would run and stop.",
         frozen_on_resume=False,
     )
 
@@ -137,7 +138,7 @@ class TrainConfig:
             if known is not None and getattr(self, item.name) not in known:
                 raise UsageError(unknown_name(flag(item.name), getattr(self, item.name), known))
         for name in (
-            *("phantom_pairs", "batch_size", "epochs"),
+            *("phantom_pairs", "epochs"),
             *("save_frequency", "keep_checkpoints", "log_every"),
         ):
             self._require(name, getattr(self, name) >= 1, "at least 1")
@@ -153,19 +154,21 @@ class TrainConfig:
         self._require(
             "grad_clip_norm",
             self.grad_clip_norm is None or self.grad_clip_norm > 0,
-            "above 0; leave it out of a config file as null to turn clipping off",
+            "above 0; grad_clip_norm: null in a config file turns clipping off",
         )
+        for name in ("logs", "cache_dir"):
+            self._require(name, bool(getattr(self, name).strip()), "a folder")
         self._require(
             "name",
-            self.name is None
-            or (
-                bool(self.name)
-                and self.name not in (".", "..")
-                and not set(self.name) & set("/\\\0")
-            ),
-            "a plain folder name",
+            self.name is None or _is_folder_name(self.name),
+            "a plain folder name: printable, no slash, no space at its ends, 200 letters at most",
         )
         source, _, folder = self.train_data.partition(":")
+        if source not in SOURCES and ("/" in source or Path(source).exists()):
+            raise UsageError(
+                f"--train-data must be NAME:FOLDER; got {self.train_data}. Say which data set the "
+                f"folder holds, such as roco:{self.train_data}."
+            )
         if source not in SOURCES:
             raise UsageError(unknown_name("--train-data", source, SOURCES))
         if source == "phantom" and folder:
@@ -178,12 +181,22 @@ class TrainConfig:
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise UsageError(f"{flag(name)} must be {expected}; got {getattr(self, name)}.")
+            raise UsageError(f"{flag(name)} must be {expected}; got {getattr(self, name)!r}.")
 
 
 def flag(name: str) -> str:
     """Return the command-line flag of the field `name`."""
     return "--" + name.replace("_", "-")
+
+
+def _is_folder_name(name: str) -> bool:
+    return (
+        name.isprintable()
+        and name == name.strip()
+        and 0 < len(name) <= 200
+        and name not in (".", "..")
+        and not set(name) & set("/\\")
+    )
 
 
 def _check_type(name: str, annotation: Any, value: Any) -> None:
@@ -224,6 +237,8 @@ def resumed(config: TrainConfig, given: Collection[str], saved: Mapping[str, Any
         was, now = getattr(own, item.name), getattr(config, item.name)
         if not item.metadata["frozen_on_resume"]:
             changes[item.name] = now
+        elif item.name == "train_data" and was.partition(":")[0] == now.partition(":")[0]:
+            changes[item.name] = now  # the same data set, moved to another folder
         elif was != now:
             raise UsageError(
                 f"--resume: {flag(item.name)} is {was} in this run and {now} now; leave it out, or "

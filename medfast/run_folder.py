@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -44,11 +45,7 @@ class RunFolder:
             UsageError: it exists already or cannot be written.
         """
         path = Path(config.logs).expanduser() / str(config.name)
-        if path.exists():
-            raise UsageError(
-                f"--name: the run folder {path} exists already. Choose another --name, or go on "
-                "with it by --resume latest."
-            )
+        cls.check_free(path)
         run = cls(path)
         try:
             path.mkdir(parents=True)
@@ -60,6 +57,19 @@ class RunFolder:
                 "another folder with --logs."
             ) from None
         return run
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Refuse a run folder that exists already.
+
+        Raises:
+            UsageError: it does.
+        """
+        if os.path.lexists(path):
+            raise UsageError(
+                f"--name: the run folder {path} exists already. Choose another --name, or go on "
+                "with it by --resume latest."
+            )
 
     def remove(self) -> None:
         """Delete the folder of a run that never began."""

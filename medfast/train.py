@@ -86,12 +86,15 @@ def train(config: TrainConfig, given: Collection[str] = ()) -> Path | None:
     device = pick_device(config.device)
     method = method_class(config.method)(config.fused_loss, config.group_positives)
     method.check_impl(device)
-    if config.dry_run:
-        print(describe(config, method))
-        return None
     if state is None:
         name = config.name or time.strftime(f"{config.method}-{config.model}-%Y%m%d-%H%M%S")
         config = dataclasses.replace(config, name=name)
+    if config.dry_run:
+        if state is None:
+            RunFolder.check_free(Path(config.logs).expanduser() / name)
+        print(describe(config, method))
+        return None
+    if state is None:
         run = RunFolder.create(config)
     try:
         with run.logged():
@@ -164,6 +167,8 @@ def fit_and_evaluate(
     if state is not None:
         trainer.restore(state)
         log.info("resumed after epoch %d, step %d", trainer.epoch, trainer.step)
+        if trainer.epoch == config.epochs:
+            log.info("all epochs were trained before: only evaluating again")
     log.info(
         "%s on %s: %.1f M parameters, %d epochs of %d steps of %d pairs",
         *(config.method, config.model, sum(p.numel() for p in model.parameters()) / 1e6),
@@ -179,6 +184,7 @@ def fit_and_evaluate(
     if len(skipped):
         log.info("%d samples could not be used; they are in %s", len(skipped), run.skipped)
     write_run_report(config, run, encoder, splits["test"], embeddings, results)
+    log.info("wrote %s", run.report)
 
 
 def evaluate(
@@ -282,9 +288,12 @@ def write_run_report(
 
 def describe(config: TrainConfig, method: Method) -> str:
     """Return what --dry-run prints: data, model, loss terms and settings."""
+    from medfast.data.tokens import Tokenizer
     from medfast.models.pair import ImageTextModel
 
     preset = PRESETS[config.model]
+    if config.tokenizer is not None:
+        Tokenizer.load(Path(config.tokenizer).expanduser(), preset.context_length)
     model = ImageTextModel(preset, preset.vocab_size, {}, method.needs_tokens)
     millions = {
         name: sum(p.numel() for p in part.parameters()) / 1e6

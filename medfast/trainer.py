@@ -87,6 +87,7 @@ class Trainer:
     def _train_epoch(self, bar: tqdm) -> None:
         self.model.train()
         self.method.train()
+        before = self.step
         waiting = time.perf_counter()
         for batch in self.loader.epoch(self.epoch):
             self.skipped.add(batch.skipped)
@@ -107,6 +108,11 @@ class Trainer:
                 self.run.append_metrics(row)
                 log.info("%s", _line(row, self.total_steps), extra={"progress": True})
             waiting = time.perf_counter()
+        if self.step == before:
+            raise UsageError(
+                "no batch held two usable training pairs, so nothing was trained; see "
+                f"{self.run.skipped}."
+            )
 
     def _train_step(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         with autocast(self.config.precision, self.device):

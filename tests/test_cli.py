@@ -91,6 +91,12 @@ def test_unknown_command_names_the_nearest(capsys):
     assert "Did you mean 'train'?" in capsys.readouterr().err
 
 
+def test_no_command_lists_them(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([])
+    assert "it is one of: train, data, env" in capsys.readouterr().err
+
+
 def test_env_reports_versions_and_implementations(capsys):
     cli.main(["env"])
     shown = capsys.readouterr().out

@@ -21,6 +21,11 @@ from medfast.errors import UsageError
         ({"epochs": "3"}, "--epochs must be int; got '3'"),
         ({"workers": True}, "--workers must be int"),
         ({"max_bad_samples": 2}, "--max-bad-samples must be a share"),
+        ({"name": ""}, "--name must be a plain folder name.*got ''"),
+        ({"name": "a\nb"}, "--name must be a plain folder name"),
+        ({"name": "x" * 300}, "--name must be a plain folder name"),
+        ({"logs": ""}, "--logs must be a folder; got ''"),
+        ({"train_data": "/data/roco"}, "roco:/data/roco"),
         ({"name": "../x"}, "--name must be a plain folder name"),
         ({"grad_clip_norm": -1.0}, "--grad-clip-norm must be above 0"),
     ],
@@ -43,6 +48,13 @@ def test_a_resumed_run_keeps_its_own_settings():
 def test_a_resumed_run_refuses_what_would_change_its_numbers():
     with pytest.raises(UsageError, match=r"--lr is 0\.5 in this run and 0\.1 now"):
         resumed(TrainConfig(lr=0.1), {"lr"}, {"lr": 0.5})
+
+
+def test_a_resumed_run_may_find_its_data_elsewhere():
+    config = resumed(TrainConfig(train_data="roco:/b"), {"train_data"}, {"train_data": "roco:/a"})
+    assert config.train_data == "roco:/b"
+    with pytest.raises(UsageError, match="--train-data is roco:/a in this run"):
+        resumed(TrainConfig(train_data="phantom"), {"train_data"}, {"train_data": "roco:/a"})
 
 
 def test_settings_of_another_version_are_refused():

@@ -276,6 +276,13 @@ def test_a_held_out_split_that_cannot_be_read_is_refused(own_phantom, tmp_path, 
     assert "no image of the held-out pairs can be read" in said
 
 
+def test_training_images_that_cannot_be_read_train_nothing(own_phantom, tmp_path, refusal):
+    for image in (own_phantom / "train" / "radiology" / "images").iterdir():
+        image.write_bytes(b"")
+    said = refusal(_argv(own_phantom, tmp_path, "--max-bad-samples", "1"))
+    assert "nothing was trained" in said
+
+
 def test_a_single_training_pair_is_refused(own_phantom, tmp_path, refusal):
     captions = own_phantom / "train" / "radiology" / "captions.txt"
     captions.write_text(captions.read_text().splitlines()[0] + "\n")
@@ -319,6 +326,15 @@ def test_a_dry_run_writes_nothing(phantom, tmp_path, capsys):
     for words in ("1 clip + 1 local", "96 training pairs", "epochs of 6 steps", "parameters"):
         assert words in shown
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "says"),
+    [("--name", "a", "exists already"), ("--tokenizer", "/nonexistent", "no such folder")],
+)
+def test_a_dry_run_refuses_what_the_run_would(short_run, phantom, refusal, flag, value, says):
+    argv = ["--train-data", f"roco:{phantom}", "--logs", str(short_run.parent), "--dry-run"]
+    assert says in refusal([*argv, flag, value])
 
 
 def test_a_published_tokenizer_is_used(phantom, short_run, tmp_path):

@@ -93,8 +93,11 @@ class Tokenizer:
         try:
             inner = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UsageError(f"--tokenizer {folder} cannot be read: {reason}") from None
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            raise UsageError(
+                f"--tokenizer {folder} cannot be read ({reason}); it must hold the tokenizer.json "
+                "and tokenizer_config.json of a published model."
+            ) from None
         if not inner.is_fast:
             raise UsageError(f"--tokenizer {folder} holds no tokenizer.json (a fast tokenizer).")
         if inner.pad_token is None:

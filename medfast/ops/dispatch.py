@@ -128,6 +128,8 @@ def check_mask(op: str, name: str, mask: Tensor, features: Tensor, row: str, ent
         entry: What an entry of a row is called.
     """
     shape = list(features.shape[:-1])
+    if not isinstance(mask, Tensor):
+        raise argument_error(op, name, f"torch.bool {shape}", type(mask), "Pass a tensor.")
     if mask.dtype != torch.bool or list(mask.shape) != shape:
         got = f"{mask.dtype} {list(mask.shape)}"
         raise argument_error(op, name, f"torch.bool {shape}", got, "True marks what counts.")

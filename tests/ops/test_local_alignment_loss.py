@@ -249,6 +249,7 @@ def test_attention_is_the_one_of_the_loss():
         (lambda p, t, m: (p, t[:2], m), r"\[3, 4, 8\] and \[2, 5, 8\]"),
         (lambda p, t, m: (p, t[..., :4], m), "with one D"),
         (lambda p, t, m: (p[0], t, m), r"patches must be \[B, P, D\]"),
+        (lambda p, t, m: (p, t, None), "token_mask must be torch.bool"),
         (lambda p, t, m: (p, t, m.float()), "token_mask must be torch.bool"),
         (lambda p, t, m: (p, t, m[:, :3]), r"token_mask must be torch.bool \[3, 5\]"),
         (lambda p, t, m: (p, t, m & torch.tensor([[1], [0], [1]]).bool()), "caption 1 with no"),
@@ -259,6 +260,14 @@ def test_a_wrong_argument_is_named(change, says):
     patches, tokens, token_mask, _ = _inputs(3, 4, 5, 8)
     with pytest.raises(ValueError, match=f"local_alignment_loss: .*{says}"):
         local_alignment_loss(*change(patches, tokens, token_mask))
+
+
+def test_a_caption_without_words_is_named_in_a_compiled_graph():
+    patches, tokens, token_mask, _ = _inputs(3, 4, 5, 8)
+    token_mask[1] = False
+    compiled = torch.compile(local_alignment_loss, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="caption 1 has no valid word"):
+        compiled(patches, tokens, token_mask, impl="torch")
 
 
 def test_an_image_without_patches_is_named():

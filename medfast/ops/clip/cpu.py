@@ -10,13 +10,14 @@ from torch import Tensor
 from medfast import _C
 from medfast.ops.clip.chunked import TileOps
 
-# Above this scale no one shift serves every row: sums may fall below what fp32 can hold.
+# Above this scale one shift cannot serve every row: sums may fall below what fp32 holds.
 _MAX_SCALE = 150.0
-# With logits up to `scale`, sums of 2^86 at most; a row that goes below e^-70 is done again.
+# The shift leaves exponentials of e^60 at most, so sums of any batch stay far from overflow.
 _HEADROOM = 60.0
-# What the kernel adds for a logit too far down (e^-87) is 2^-23 of such a sum, or less.
+# The kernel adds e^-87 < 2^-125 for a logit however low: to a sum of n terms above n 2^-102 that is
+# less than 2^-23 of it, a rounding. Lower sums take the exact path.
 _SMALLEST_PER_TERM = 2.0**-102
-# The kernel's largest exponential is e^88: a sum below this holds none that was cut.
+# The kernel cuts exponentials off at e^88: a sum below this holds none that was cut.
 _LARGEST = math.exp(85)
 
 

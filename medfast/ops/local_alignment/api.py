@@ -48,9 +48,9 @@ def local_alignment_loss(
         The loss, a scalar: fp32, or fp64 for fp64 features.
 
     Raises:
-        ValueError: An argument has another shape, dtype or device, a caption has no word or an
-            image no patch that counts (seen on a CPU; on a GPU, where looking would wait for it,
-            the loss is NaN), or `impl` is unknown.
+        ValueError: An argument has another shape, dtype or device, a caption has no word, an
+            image no patch that counts (on a GPU, where looking would wait for it, such an image
+            makes the loss NaN), or `impl` is unknown.
         RuntimeError: `impl` cannot run here.
 
     Source:

@@ -167,9 +167,15 @@ def _pack(tokens: Tensor, token_mask: Tensor, dtype: torch.dtype, most_rows: int
     T = tokens.shape[1]
     lengths, order = token_mask.sum(1).sort(descending=True, stable=True)
     valid_first = (~token_mask).to(torch.uint8).argsort(dim=1, stable=True)
+    longest_first = lengths.tolist()
+    if longest_first[-1] == 0:  # the check before the op cannot look into a compiled graph
+        raise ValueError(
+            f"local_alignment_loss: caption {order[-1].item()} has no valid word. Leave it out of "
+            "the batch."
+        )
     groups: list[list[_Block]] = []
     start = most_rows
-    for captions, length in zip(order.split(_BLOCK), lengths[::_BLOCK].tolist(), strict=True):
+    for captions, length in zip(order.split(_BLOCK), longest_first[::_BLOCK], strict=True):
         stop = start + len(captions) * length
         if stop > most_rows:
             groups.append([])
