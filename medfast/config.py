@@ -163,7 +163,7 @@ class TrainConfig:
             self.name is None or _is_folder_name(self.name),
             "a plain folder name: printable, no slash, no space at its ends, 200 letters at most",
         )
-        source, _, folder = self.train_data.partition(":")
+        source, folder = self.source, self.source_folder
         if source not in SOURCES and ("/" in source or Path(source).exists()):
             raise UsageError(
                 f"--train-data must be NAME:FOLDER; got {self.train_data}. Say which data set the "
@@ -178,6 +178,16 @@ class TrainConfig:
             )
         if source != "phantom" and not folder:
             raise UsageError(f"--train-data {source} needs a folder: --train-data {source}:FOLDER.")
+
+    @property
+    def source(self) -> str:
+        """Name of the data set that `train_data` names."""
+        return self.train_data.partition(":")[0]
+
+    @property
+    def source_folder(self) -> str:
+        """Folder that `train_data` names, or nothing."""
+        return self.train_data.partition(":")[2]
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -237,7 +247,7 @@ def resumed(config: TrainConfig, given: Collection[str], saved: Mapping[str, Any
         was, now = getattr(own, item.name), getattr(config, item.name)
         if not item.metadata["frozen_on_resume"]:
             changes[item.name] = now
-        elif item.name == "train_data" and was.partition(":")[0] == now.partition(":")[0]:
+        elif item.name == "train_data" and own.source == config.source:
             changes[item.name] = now  # the same data set, moved to another folder
         elif was != now:
             raise UsageError(

@@ -31,9 +31,9 @@ def describe() -> str:
     lines += [f"  {'gpu':<14} {_gpu()}"]
     for op, implementations in IMPLEMENTATIONS.items():
         lines += ["", op]
+        chosen = next(impl for impl in implementations if why_not(op, impl) is None)
         for name in NAMES:
             reason = why_not(op, name)
-            chosen = next(impl for impl in implementations if why_not(op, impl) is None)
             runs = "runs here" + (", chosen by auto on a CPU" if name == chosen else "")
             lines.append(f"  {name:<14} {runs if reason is None else 'no: ' + reason}")
     return "\n".join(lines)

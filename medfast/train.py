@@ -134,9 +134,9 @@ def fit_and_evaluate(
 
     preset = PRESETS[config.model]
     root = data_root(config)
-    splits = {split: read_split(source(config), root, split) for split in SPLITS}
+    splits = {split: read_split(config.source, root, split) for split in SPLITS}
     sizes = ", ".join(f"{len(records)} {split}" for split, records in splits.items())
-    log.info("%s: %s pairs in %s", source(config), sizes, root)
+    log.info("%s: %s pairs in %s", config.source, sizes, root)
     if len(splits["train"]) < 2:
         raise UsageError(f"{root} holds a single training pair; contrast needs at least 2.")
     tokenizer = load_tokenizer(config, splits["train"], run)
@@ -199,7 +199,7 @@ def evaluate(
     from medfast.evals.held_out import evaluate_held_out
     from medfast.evals.provenance import provenance
 
-    origin = {"dataset": source(config), "seed": config.seed, **provenance()}
+    origin = {"dataset": config.source, "seed": config.seed, **provenance()}
     rows = []
     asked = time.perf_counter()
     for found in evaluate_held_out(encoder, embeddings, records, read_sidecar(root), "test"):
@@ -208,16 +208,10 @@ def evaluate(
     return rows
 
 
-def source(config: TrainConfig) -> str:
-    """Return the name of the run's data set."""
-    return config.train_data.partition(":")[0]
-
-
 def data_root(config: TrainConfig) -> Path:
     """Return the folder of the run's data set; the phantom is written there on first use."""
-    folder = config.train_data.partition(":")[2]
-    if source(config) != "phantom":
-        return Path(folder).expanduser()
+    if config.source != "phantom":
+        return Path(config.source_folder).expanduser()
     from tqdm import tqdm
 
     from medfast.data.phantom import cached_phantom
@@ -282,7 +276,7 @@ def write_run_report(
         results=results,
         contact=[ContactExample(decode(r.image), r.caption, rank) for r, rank in pairs],
         attention=attention_examples(encoder, attended, PRESETS[config.model].image_size),
-        note=PHANTOM_NOTE if source(config) == "phantom" else "",
+        note=PHANTOM_NOTE if config.source == "phantom" else "",
     )
 
 
@@ -307,10 +301,10 @@ def describe(config: TrainConfig, method: Method) -> str:
         f"parameters {millions['all']:.1f} M (image tower {millions['image']:.1f} M, text tower "
         f"{millions['text']:.1f} M at {preset.vocab_size} tokens)",
     ]
-    if source(config) == "phantom":
+    if config.source == "phantom":
         pairs = config.phantom_pairs - 2 * round(config.phantom_pairs / 10)
     else:
-        pairs = len(read_split(source(config), data_root(config), "train"))
+        pairs = len(read_split(config.source, data_root(config), "train"))
     steps = max(1, pairs // config.batch_size)
     lines.append(f"data      {config.train_data}: {pairs} training pairs")
     lines.append(f"training  {config.epochs} epochs of {steps} steps of {config.batch_size} pairs")

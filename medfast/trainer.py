@@ -60,7 +60,7 @@ class Trainer:
         self.skipped = skipped
         self.device = device
         self.validate = validate
-        self.optimizer = build_optimizer(config, nn.ModuleList([model, method]), device)
+        self.optimizer = build_optimizer(config, nn.ModuleList([model, method]))
         self.total_steps = config.epochs * len(loader)
         self.epoch = 0
         self.step = 0
@@ -203,9 +203,7 @@ class Trainer:
         self.epoch, self.step, self.samples = state["epoch"], state["step"], state["samples"]
 
 
-def build_optimizer(
-    config: TrainConfig, modules: nn.Module, device: torch.device
-) -> torch.optim.AdamW:
+def build_optimizer(config: TrainConfig, modules: nn.Module) -> torch.optim.AdamW:
     """Return AdamW with no weight decay on vectors and scalars."""
     parameters = [p for p in modules.parameters() if p.requires_grad]
     groups = [
