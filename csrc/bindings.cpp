@@ -5,15 +5,23 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <tuple>
 
+#include "cpu/bf16.h"
 #include "cpu/clip_loss.h"
 #include "cpu/instruction_set.h"
+#include "cpu/retrieval_rank.h"
+#include "cpu/siglip_loss.h"
 
 namespace py = pybind11;
 
 namespace {
 
-float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
+// An address of 0 stands for none.
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
 
 }  // namespace
 
@@ -36,20 +44,50 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "clip_loss_sums",
-      [](uintptr_t logits, int64_t rows, int64_t columns, float shift, uintptr_t row_sums,
-         uintptr_t column_sums) {
-        medfast::clip_loss_sums(floats(logits), rows, columns, shift, floats(row_sums),
-                                floats(column_sums));
+      [](uintptr_t logits, int64_t stride, int64_t rows, int64_t columns, float shift,
+         uintptr_t row_sums, uintptr_t column_sums) {
+        medfast::clip_loss_sums(at<float>(logits), stride, rows, columns, shift,
+                                at<float>(row_sums), at<float>(column_sums));
       },
-      py::arg("logits"), py::arg("rows"), py::arg("columns"), py::arg("shift"),
+      py::arg("logits"), py::arg("stride"), py::arg("rows"), py::arg("columns"), py::arg("shift"),
       py::arg("row_sums"), py::arg("column_sums"), no_gil);
   m.def(
-      "clip_loss_softmaxes",
-      [](uintptr_t logits, int64_t rows, int64_t columns, float shift, uintptr_t row_weights,
-         uintptr_t column_weights) {
-        medfast::clip_loss_softmaxes(floats(logits), rows, columns, shift, floats(row_weights),
-                                     floats(column_weights));
+      "clip_loss_gradient",
+      [](uintptr_t logits, int64_t stride, int64_t rows, int64_t columns, float shift,
+         uintptr_t row_weights, uintptr_t column_weights, uintptr_t gradient, bool is_bf16) {
+        const auto pass = [&](auto* out) {
+          return medfast::clip_loss_gradient(at<float>(logits), stride, rows, columns, shift,
+                                             at<float>(row_weights), at<float>(column_weights),
+                                             out);
+        };
+        return is_bf16 ? pass(at<medfast::bf16>(gradient)) : pass(at<float>(gradient));
       },
-      py::arg("logits"), py::arg("rows"), py::arg("columns"), py::arg("shift"),
-      py::arg("row_weights"), py::arg("column_weights"), no_gil);
+      py::arg("logits"), py::arg("stride"), py::arg("rows"), py::arg("columns"), py::arg("shift"),
+      py::arg("row_weights"), py::arg("column_weights"), py::arg("gradient"), py::arg("is_bf16"),
+      no_gil);
+  m.def(
+      "siglip_loss_pass",
+      [](uintptr_t logits, int64_t stride, int64_t rows, int64_t columns, float bias,
+         uintptr_t gradient, bool is_bf16) {
+        const auto pass = [&](auto* out) {
+          return medfast::siglip_loss_pass(at<float>(logits), stride, rows, columns, bias, out);
+        };
+        const medfast::SiglipSums sums =
+            is_bf16 ? pass(at<medfast::bf16>(gradient)) : pass(at<float>(gradient));
+        return std::tuple(sums.loss, sums.d_bias, sums.d_log_scale);
+      },
+      py::arg("logits"), py::arg("stride"), py::arg("rows"), py::arg("columns"), py::arg("bias"),
+      py::arg("gradient"), py::arg("is_bf16"), no_gil);
+  m.def(
+      "retrieval_rank_counts",
+      [](uintptr_t scores, int64_t stride, int64_t rows, int64_t columns,
+         uintptr_t row_thresholds, uintptr_t column_thresholds, uintptr_t row_counts,
+         uintptr_t column_counts) {
+        medfast::retrieval_rank_counts(at<float>(scores), stride, rows, columns,
+                                       at<float>(row_thresholds), at<float>(column_thresholds),
+                                       at<int64_t>(row_counts), at<int64_t>(column_counts));
+      },
+      py::arg("scores"), py::arg("stride"), py::arg("rows"), py::arg("columns"),
+      py::arg("row_thresholds"), py::arg("column_thresholds"), py::arg("row_counts"),
+      py::arg("column_counts"), no_gil);
 }

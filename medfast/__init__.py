@@ -6,14 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from medfast.losses import ClipLoss, LocalAlignmentLoss
+    from medfast.losses import ClipLoss, CyclipLoss, LocalAlignmentLoss, SigLipLoss
 
 __version__ = "0.1.0"
-__all__ = ["ClipLoss", "LocalAlignmentLoss", "__version__"]
+__all__ = ["ClipLoss", "CyclipLoss", "LocalAlignmentLoss", "SigLipLoss", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that `medfast --help` never pays for torch.
-    if name in ("ClipLoss", "LocalAlignmentLoss"):
+    if name in __all__:
         return getattr(importlib.import_module("medfast.losses"), name)
     raise AttributeError(f"module 'medfast' has no attribute {name!r}")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from medfast.ops import clip_loss, local_alignment_loss
+from medfast.errors import unknown_name
+from medfast.ops import clip_loss, cyclip_loss, local_alignment_loss, siglip_loss
+
+# What open_clip's SigLipLoss takes as `dist_impl`.
+_EXCHANGES = ("bidir", "shift", "reduce", "gather")
 
 
 class ClipLoss(nn.Module):
@@ -41,12 +46,29 @@ class ClipLoss(nn.Module):
                 "the gradient through the gathered features the sum of the ranks' gradients points "
                 "in another direction than the loss's."
             )
-        if world_size != 1:
-            raise ValueError(
-                f"ClipLoss: world_size must be 1 so far; got {world_size}. Negatives from other "
-                "processes are not supported yet; use open_clip's loss there."
-            )
+        _check_one_process("ClipLoss", world_size)
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.use_horovod = use_horovod
         self.impl = impl
+
+    def get_ground_truth(self, device: torch.device | str, num_logits: int) -> Tensor:
+        """Return the column of each row's pair, int64 [B]. `forward` does not need it."""
+        return torch.arange(num_logits, device=device)
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return all logits [B, B] by image and by text. `forward` does not need them."""
+        logits = _logits(image_features, text_features, logit_scale, logit_bias)
+        return logits, logits.T
 
     def forward(
         self,
@@ -72,7 +94,107 @@ class ClipLoss(nn.Module):
         loss = clip_loss(
             image_features, text_features, logit_scale, positives=positives, impl=self.impl
         )
+        if isinstance(logit_bias, Tensor):
+            # A parameter without any gradient would stop DistributedDataParallel.
+            loss = loss + 0 * logit_bias.sum()
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SigLipLoss(nn.Module):
+    """Sigmoid loss of image-text pairs with open_clip's constructor and forward.
+
+    Args:
+        cache_labels: Accepted and without effect: there are no label tensors to cache.
+        rank: This process's number.
+        world_size: Number of processes; only 1 so far.
+        dist_impl: How processes exchange features: "bidir" (None stands for it), "shift", "reduce"
+            or "gather"; without effect in a single process.
+        bidir: Accepted for callers of older versions and ignored.
+        use_horovod: Accepted for callers of older versions and ignored.
+        impl: Implementation, as in `medfast.ops.siglip_loss`.
+
+    Raises:
+        ValueError: `dist_impl` is unknown, or more than one process.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        *,
+        bidir: bool = True,
+        use_horovod: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.dist_impl = dist_impl or "bidir"
+        if self.dist_impl not in _EXCHANGES:
+            raise ValueError("SigLipLoss: " + unknown_name("dist_impl", self.dist_impl, _EXCHANGES))
+        _check_one_process("SigLipLoss", world_size)
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.impl = impl
+
+    def get_ground_truth(
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        num_logits: int,
+        negative_only: bool = False,
+    ) -> Tensor:
+        """Return 1 for pairs and -1 elsewhere, [B, B]. `forward` does not need it."""
+        labels = torch.full((num_logits, num_logits), -1.0, device=device, dtype=dtype)
+        return labels if negative_only else labels.fill_diagonal_(1)
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+    ) -> Tensor:
+        """Return all logits [B, B], images by texts. `forward` does not need them."""
+        return _logits(image_features, text_features, logit_scale, logit_bias)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """Return the loss; see `medfast.ops.siglip_loss`.
+
+        Args:
+            image_features: [B, D].
+            text_features: [B, D].
+            logit_scale: The scale itself, not its logarithm.
+            logit_bias: The bias; None stands for 0.
+            output_dict: Return {"contrastive_loss": loss}.
+        """
+        bias = 0.0 if logit_bias is None else logit_bias
+        loss = siglip_loss(image_features, text_features, logit_scale, bias, impl=self.impl)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class CyclipLoss(nn.Module):
+    """The two consistency terms of CyCLIP, to be added to InfoNCE; see `medfast.ops.cyclip_loss`.
+
+    Args:
+        impl: Implementation.
+    """
+
+    def __init__(self, impl: str = "auto") -> None:
+        super().__init__()
+        self.impl = impl
+
+    def forward(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cross-modal and the in-modal term, without weights, of features [B, D]."""
+        return cyclip_loss(image_features, text_features, impl=self.impl)
 
 
 class LocalAlignmentLoss(nn.Module):
@@ -116,3 +238,18 @@ class LocalAlignmentLoss(nn.Module):
             temp_pairs=self.temp_pairs,
             impl=self.impl,
         )
+
+
+def _check_one_process(loss: str, world_size: int) -> None:
+    if world_size != 1:
+        raise ValueError(
+            f"{loss}: world_size must be 1 so far; got {world_size}. Negatives from other "
+            "processes are not supported yet; use open_clip's loss there."
+        )
+
+
+def _logits(
+    image: Tensor, text: Tensor, scale: float | Tensor, bias: float | Tensor | None
+) -> Tensor:
+    logits = scale * image @ text.T
+    return logits if bias is None else logits + bias

@@ -261,10 +261,11 @@ def write_run_report(
     """Write the run's report.html from its metrics, its results and a few held-out pairs."""
     from medfast.data.loader import decode
     from medfast.evals.attention import attention_examples
-    from medfast.evals.retrieval import ranks
+    from medfast.ops import paired_ranks
     from medfast.report import ContactExample, write_report
 
-    found = ranks(embeddings.image, embeddings.text).tolist()
+    image_to_text, _ = paired_ranks(embeddings.image, embeddings.text)
+    found = image_to_text.tolist()
     shown = some(range(len(found)), CONTACT_EXAMPLES, config.seed)
     pairs = [(records[int(embeddings.index[row])], found[row]) for row in shown]
     attended = [record for record, _ in pairs[:ATTENTION_EXAMPLES]]

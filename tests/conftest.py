@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from medfast import train
 from medfast.data.phantom import write_phantom
@@ -12,6 +13,14 @@ from medfast.data.tokens import Tokenizer
 
 # Two epochs of six steps: enough to save, resume and evaluate.
 SHORT_RUN = ["--epochs", "2", "--batch-size", "16", "--workers", "0", "--warmup", "2"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture(scope="session")

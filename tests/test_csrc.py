@@ -1,7 +1,10 @@
 """The compiled passes beside their Python counterparts, in every instruction set."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from medfast.ops.dispatch import why_not
 
@@ -22,63 +25,165 @@ def kernels(request):
     _C.use_instruction_set(before)
 
 
+def _sums(kernels, logits, shift):
+    row_sums, column_sums = (torch.full((n,), torch.nan) for n in logits.shape)
+    kernels.clip_loss_sums(
+        *(logits.data_ptr(), logits.stride(0), *logits.shape, shift),
+        *(row_sums.data_ptr(), column_sums.data_ptr()),
+    )
+    return row_sums, column_sums
+
+
+def _gradient(kernels, logits, shift, by_row, by_column, dtype=torch.float32):
+    found = torch.full(logits.shape, torch.nan, dtype=dtype)
+    total = kernels.clip_loss_gradient(
+        *(logits.data_ptr(), logits.stride(0), *logits.shape, shift),
+        *(by_row.data_ptr(), by_column.data_ptr(), found.data_ptr(), dtype == torch.bfloat16),
+    )
+    return found, total
+
+
+def _inside(tile):
+    """The same tile as a part of a larger matrix."""
+    larger = torch.full((tile.shape[0], tile.shape[1] + 5), torch.nan)
+    larger[:, : tile.shape[1]] = tile
+    return larger[:, : tile.shape[1]]
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 17), (64, 1024), (65, 1025), (200, 31)])
 def test_sums_of_exponentials(kernels, rows, columns):
     torch.manual_seed(0)
     logits = torch.rand(rows, columns) * 120 - 20
-    row_sums, column_sums = torch.full((rows,), torch.nan), torch.full((columns,), torch.nan)
-    kernels.clip_loss_sums(
-        logits.data_ptr(), rows, columns, 40.0, row_sums.data_ptr(), column_sums.data_ptr()
-    )
     want = (logits.double() - 40).exp()
-    torch.testing.assert_close(row_sums.double(), want.sum(1), rtol=2e-6, atol=0)
-    torch.testing.assert_close(column_sums.double(), want.sum(0), rtol=2e-6, atol=0)
+    for tile in (logits, _inside(logits)):
+        row_sums, column_sums = _sums(kernels, tile, 40.0)
+        torch.testing.assert_close(row_sums.double(), want.sum(1), rtol=2e-6, atol=0)
+        torch.testing.assert_close(column_sums.double(), want.sum(0), rtol=2e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 17), (65, 1025)])
-def test_sums_of_softmaxes(kernels, rows, columns):
+def test_gradient_of_log_sum_exps(kernels, rows, columns, dtype):
     torch.manual_seed(0)
     logits = torch.rand(rows, columns) * 80 - 40
-    by_row, by_column = torch.rand(rows), torch.rand(columns)
+    by_row, by_column = torch.randn(rows), torch.rand(columns)
     want = (logits.double() - 3).exp() * (by_row[:, None] + by_column).double()
-    kernels.clip_loss_softmaxes(
-        logits.data_ptr(), rows, columns, 3.0, by_row.data_ptr(), by_column.data_ptr()
-    )
-    # Rounding the difference to the shift, 43 at most, moves its exponential by 43 * 2^-24.
-    torch.testing.assert_close(logits.double(), want, rtol=3e-6, atol=0)
+    for tile in (logits, _inside(logits)):
+        found, total = _gradient(kernels, tile, 3.0, by_row, by_column, dtype)
+        # Rounding the difference to the shift, 43 at most, moves its exponential by 43 * 2^-24.
+        rtol = 3e-6 if dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(found.double(), want, rtol=rtol, atol=0)
+        terms = want * logits
+        assert abs(total - terms.sum()) < 1e-5 * terms.abs().sum()
+
+
+def test_own_entries_do_not_enter_the_total(kernels):
+    logits = torch.tensor([[-torch.inf, 2.0]])
+    found, total = _gradient(kernels, logits, 0.0, torch.ones(1), torch.zeros(2))
+    assert total == pytest.approx(2 * math.exp(2))
+    assert found[0, 0] < 1e-37
+
+
+def test_bf16_is_rounded_to_nearest_even(kernels):
+    weights = torch.cat([torch.randn(100_000), torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, torch.nan])])
+    logits = torch.zeros(1, len(weights))
+    found, _ = _gradient(kernels, logits, 0.0, torch.zeros(1), weights, torch.bfloat16)
+    torch.testing.assert_close(found[0], weights.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_exponential_is_exact_to_rounding_and_clamped(kernels):
     x = torch.cat([torch.linspace(-87, 88, 200_001), torch.tensor([-1e30, 1e30, -torch.inf])])
-    found = x.clone().reshape(1, -1)
-    one, none = torch.ones(1), torch.zeros(len(x))
-    kernels.clip_loss_softmaxes(found.data_ptr(), 1, len(x), 0.0, one.data_ptr(), none.data_ptr())
+    found, _ = _gradient(kernels, x.reshape(1, -1), 0.0, torch.ones(1), torch.zeros(len(x)))
     torch.testing.assert_close(
         found[0].double(), x.double().clamp(-87, 88).exp(), rtol=1.2e-7, atol=0
     )
 
 
+def _sigmoids(kernels, logits, bias, dtype=torch.float32):
+    found = torch.full(logits.shape, torch.nan, dtype=dtype)
+    sums = kernels.siglip_loss_pass(
+        *(logits.data_ptr(), logits.stride(0), *logits.shape, bias),
+        *(found.data_ptr(), dtype == torch.bfloat16),
+    )
+    return found, torch.tensor(sums, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 17), (65, 1025)])
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+def test_sigmoid_losses_of_negatives(kernels, rows, columns, dtype, spread):
+    torch.manual_seed(0)
+    logits = torch.randn(rows, columns) * spread
+    t = logits.double() - 2
+    want = torch.stack([F.softplus(t).sum(), t.sigmoid().sum(), (t.sigmoid() * logits).sum()])
+    for tile in (logits, _inside(logits)):
+        found, sums = _sigmoids(kernels, tile, -2.0, dtype)
+        # Rounding t, 130 at most, moves its exponential by 130 * 2^-24.
+        rtol = 8e-6 if dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(found.double(), t.sigmoid(), rtol=rtol, atol=1e-37)
+        assert ((sums - want).abs() <= 1e-5 * (t.sigmoid() * logits).abs().sum() + 1e-6).all()
+
+
+def test_softplus_keeps_its_relative_error_where_it_is_tiny(kernels):
+    for t in (-80.0, -30.0, -17.0, -1e-3, 0.0, 1e-3, 17.0, 80.0):
+        _, sums = _sigmoids(kernels, torch.tensor([[t]]), 0.0)
+        want = F.softplus(torch.tensor(t, dtype=torch.float64), threshold=1e9)
+        torch.testing.assert_close(sums[0], want, rtol=5e-7, atol=0)
+
+
 def test_nan_stays_nan(kernels):
     logits = torch.tensor([[0.0, torch.nan]])
-    row_sums, column_sums = torch.empty(1), torch.empty(2)
-    kernels.clip_loss_sums(
-        logits.data_ptr(), 1, 2, 0.0, row_sums.data_ptr(), column_sums.data_ptr()
-    )
+    row_sums, column_sums = _sums(kernels, logits, 0.0)
     assert row_sums.isnan().all()
     assert column_sums.isnan().tolist() == [False, True]
+    found, sums = _sigmoids(kernels, logits, 0.0)
+    assert found.isnan().tolist() == [[False, True]]
+    assert sums.isnan().all()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 17), (65, 1025)])
+def test_counts_of_what_is_not_below(kernels, rows, columns):
+    torch.manual_seed(0)
+    scores = torch.randint(-3, 4, (rows, columns)).float()
+    scores[0, -1] = torch.nan
+    by_row, by_column = (
+        torch.randint(-3, 4, (rows,)).float(),
+        torch.randint(-3, 4, (columns,)) + 0.0,
+    )
+    for tile in (scores, _inside(scores)):
+        row_counts, column_counts = torch.ones(rows).long(), torch.ones(columns).long()
+        pointers = (by_row.data_ptr(), by_column.data_ptr())
+        kernels.retrieval_rank_counts(
+            *(tile.data_ptr(), tile.stride(0), rows, columns, *pointers),
+            *(row_counts.data_ptr(), column_counts.data_ptr()),
+        )
+        assert torch.equal(row_counts, 1 + (~(scores < by_row[:, None])).sum(1))
+        assert torch.equal(column_counts, 1 + (~(scores < by_column)).sum(0))
+        kernels.retrieval_rank_counts(
+            *(tile.data_ptr(), tile.stride(0), rows, columns, by_row.data_ptr(), 0),
+            *(row_counts.data_ptr(), 0),
+        )
+        assert torch.equal(row_counts, 1 + 2 * (~(scores < by_row[:, None])).sum(1))
 
 
 def test_threads_do_not_change_a_bit(kernels):
     torch.manual_seed(0)
     logits = torch.randn(300, 3000)
+    weights = torch.rand(300), torch.rand(3000)
     found = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            sums = torch.empty(300), torch.empty(3000)
-            kernels.clip_loss_sums(logits.data_ptr(), 300, 3000, 0.0, *(s.data_ptr() for s in sums))
-            found.append(torch.cat(sums))
+            gradient, total = _gradient(kernels, logits, 0.0, *weights)
+            _, sums = _sigmoids(kernels, logits, 0.0)
+            outputs = (
+                *_sums(kernels, logits, 0.0),
+                gradient.flatten(),
+                torch.tensor([total]),
+                sums,
+            )
+            found.append(torch.cat([x.double() for x in outputs]))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)

@@ -23,6 +23,8 @@ ALLOWED = {
     "checkpoint": set(),
 }
 
+LOSSES = [name for name in medfast.__all__ if name.endswith("Loss")]
+
 
 def _imports(path):
     """Yield the rooms of medfast that a file imports, those for type checkers included."""
@@ -56,9 +58,26 @@ def test_imports_stay_light(statement, forbidden):
 
 
 def test_the_losses_need_torch_alone():
-    loaded = _modules_after("from medfast import ClipLoss, LocalAlignmentLoss")
+    loaded = _modules_after(f"from medfast import {', '.join(LOSSES)}")
     more = {name.partition(".")[0] for name in loaded - _modules_after("import torch")}
     assert more - sys.stdlib_module_names == {"medfast"}
+
+
+def test_the_losses_cost_little_beside_torch(tmp_path):
+    """At most 50 ms, in the best of several runs: a busy machine only ever adds."""
+    code = (
+        "import sys, time, torch\n"
+        # As installed: byte-compiled, which the first run does.
+        f"sys.pycache_prefix, sys.dont_write_bytecode = {str(tmp_path)!r}, False\n"
+        "start = time.perf_counter()\n"
+        "import medfast\n"
+        "from medfast import ClipLoss, SigLipLoss\n"
+        "print(time.perf_counter() - start)"
+    )
+    seconds = [
+        float(subprocess.check_output([sys.executable, "-c", code], text=True)) for _ in range(4)
+    ]
+    assert min(seconds) <= 0.05, seconds
 
 
 def _modules_after(statement):

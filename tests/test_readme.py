@@ -29,11 +29,15 @@ def test_every_method_is_listed():
 
 
 def test_implementations_are_those_of_the_table():
-    rows = {row[0].strip("`"): row[2:] for row in _table("`impl`")}
-    for column, op in enumerate(("clip_loss", "local_alignment_loss")):
-        listed = {name for name, cells in rows.items() if cells[column] == "yes"}
-        assert listed == set(IMPLEMENTATIONS[op])
-    assert rows.keys() - {"auto"} == set().union(*IMPLEMENTATIONS.values())
+    names = [row[0].strip("`") for row in _table("`impl`")]
+    assert set(names) - {"auto"} == set().union(*IMPLEMENTATIONS.values())
+    header = re.search(r"\| function \|(.*)\|", README).group(1)
+    columns = [cell.strip(" `") for cell in header.split("|")]
+    rows = {row[0].partition(",")[0].strip("`"): row[1:] for row in _table("function")}
+    assert rows.keys() == IMPLEMENTATIONS.keys()
+    for op, cells in rows.items():
+        listed = [name for name, cell in zip(columns, cells, strict=True) if cell == "yes"]
+        assert listed == list(IMPLEMENTATIONS[op])
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "medfast.train" in c])

@@ -1,4 +1,5 @@
-// The passes of clip_loss over one tile of logits [rows, columns], contiguous, fp32.
+// The passes of clip_loss over one tile of logits [rows, columns], fp32. Row i starts at
+// logits + i * stride.
 
 #pragma once
 
@@ -7,11 +8,15 @@
 namespace medfast {
 
 // row_sums[i] = sum_j e^(l_ij - shift), column_sums[j] = sum_i e^(l_ij - shift).
-void clip_loss_sums(const float* logits, int64_t rows, int64_t columns, float shift,
-                    float* row_sums, float* column_sums);
+void clip_loss_sums(const float* logits, int64_t stride, int64_t rows, int64_t columns,
+                    float shift, float* row_sums, float* column_sums);
 
-// l_ij = e^(l_ij - shift) * (row_weights[i] + column_weights[j]), in place.
-void clip_loss_softmaxes(float* logits, int64_t rows, int64_t columns, float shift,
-                         const float* row_weights, const float* column_weights);
+// gradient_ij = e^(l_ij - shift) * (row_weights[i] + column_weights[j]), contiguous; Out is float
+// or bf16. Returns the sum of gradient_ij * l_ij, of the gradient before it is rounded to Out, in
+// an order that does not depend on the number of threads; terms of l_ij = -infinity are left out.
+template <class Out>
+double clip_loss_gradient(const float* logits, int64_t stride, int64_t rows, int64_t columns,
+                        float shift, const float* row_weights, const float* column_weights,
+                        Out* gradient);
 
 }  // namespace medfast

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import numbers
+import os
 
 import torch
 from torch import Tensor
@@ -12,8 +14,11 @@ from medfast.errors import unknown_name
 
 # What can run each op, best first.
 IMPLEMENTATIONS = {
-    "clip_loss": ("cpu", "torch", "reference"),
+    "clip_loss": ("triton", "cpu", "torch", "reference"),
+    "siglip_loss": ("triton", "cpu", "torch", "reference"),
+    "cyclip_loss": ("torch", "reference"),
     "local_alignment_loss": ("torch", "reference"),
+    "retrieval_rank": ("triton", "cpu", "torch", "reference"),
 }
 NAMES = ("cuda", "triton", "cpu", "torch", "reference")
 
@@ -25,6 +30,8 @@ except ImportError as error:
 else:
     _CSRC_ERROR = None
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 _logger = logging.getLogger("medfast")
 _logged: set[tuple[str, str]] = set()
 
@@ -33,6 +40,8 @@ def why_not(op: str, impl: str, features: Tensor | None = None) -> str | None:
     """Return why `impl` cannot run `op` on `features` (None: on this machine), or None."""
     if impl not in IMPLEMENTATIONS[op]:
         return f"{op} has no such implementation yet"
+    if impl == "triton":
+        return _why_not_triton(features)
     if impl == "cpu":
         if _CSRC_ERROR:
             return f"the C++ kernels are not there ({_CSRC_ERROR}); reinstall with a compiler"
@@ -40,6 +49,25 @@ def why_not(op: str, impl: str, features: Tensor | None = None) -> str | None:
             return f"the features are on {features.device}"
         if features is not None and features.dtype == torch.float64:
             return "its sums are in fp32, the features in fp64"
+    return None
+
+
+def _why_not_triton(features: Tensor | None) -> str | None:
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    if features is not None and features.dtype == torch.float64:
+        return "its sums are in fp32, the features in fp64"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if features is not None and features.device.type != "cuda":
+        return f"the features are on {features.device}, its kernels run on a GPU"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    # A graph is compiled after the first eager call or for a GPU that the user knows.
+    if not torch.compiler.is_compiling():
+        device = None if features is None else features.device
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "the GPU is older than sm_80"
     return None
 
 
@@ -52,7 +80,9 @@ def choose(op: str, impl: str, features: Tensor) -> str:
     """
     runnable = [name for name in IMPLEMENTATIONS[op] if why_not(op, name, features) is None]
     if impl == "auto":
-        impl = runnable[0]
+        # The interpreter is for tests, thousands of times slower than what it stands for.
+        interprets = features.device.type == "cpu"
+        impl = next(name for name in runnable if not (interprets and name == "triton"))
         if not torch.compiler.is_compiling() and (op, impl) not in _logged:
             _logged.add((op, impl))
             _logger.info("%s: impl='auto' runs %r", op, impl)
@@ -116,6 +146,17 @@ def check_device(op: str, name: str, value: Tensor, features: Tensor) -> None:
         )
 
 
+def check_ids(op: str, name: str, ids: Tensor, features: Tensor, row: str) -> None:
+    """Refuse ids that are not one int64 for each row of the features [N, D]."""
+    must = f"torch.int64 [{len(features)}]"
+    if not isinstance(ids, Tensor):
+        raise argument_error(op, name, must, type(ids), "Pass a tensor.")
+    if ids.dtype != torch.int64 or ids.shape != features.shape[:1]:
+        got = f"{ids.dtype} {list(ids.shape)}"
+        raise argument_error(op, name, must, got, f"Pass one id per {row}.")
+    check_device(op, name, ids, features)
+
+
 def check_mask(op: str, name: str, mask: Tensor, features: Tensor, row: str, entry: str) -> None:
     """Refuse a mask that is not boolean, not one entry per feature vector, or empty in a row.
 
@@ -145,6 +186,15 @@ def check_mask(op: str, name: str, mask: Tensor, features: Tensor, row: str, ent
                 f"{row} {empty[0].item()} with no valid {entry}",
                 "Leave it out of the batch.",
             )
+
+
+def autocast(*features: Tensor) -> tuple[Tensor, ...]:
+    """Return the features in the dtype of an autocast that is on; fp64 stays."""
+    device = features[0].device.type
+    if not torch.is_autocast_enabled(device) or features[0].dtype == torch.float64:
+        return features
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) for x in features)
 
 
 def as_scalar(op: str, name: str, value: float | Tensor, features: Tensor) -> Tensor:

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from medfast.evals.encode import Embeddings
-from medfast.evals.retrieval import ranks, retrieval
+from medfast.evals.retrieval import retrieval
 from medfast.evals.two_choice import two_choice
 from medfast.evals.zero_shot import zero_shot
 
@@ -16,20 +16,6 @@ class TableEncoder:
 
     def texts(self, texts):
         return torch.stack([F.normalize(torch.tensor(self.table[t]), dim=0) for t in texts])
-
-
-def test_ranks_are_those_of_a_sort():
-    torch.manual_seed(0)
-    query, gallery = (F.normalize(torch.randn(50, 8), dim=-1) for _ in range(2))
-    order = (query @ gallery.T).argsort(dim=1, descending=True)
-    want = (order == torch.arange(50).unsqueeze(1)).int().argmax(1)
-    assert torch.equal(ranks(query, gallery), want)
-    assert torch.equal(ranks(query, gallery, chunk=7), want)
-
-
-def test_ties_count_against_the_query():
-    same = torch.ones(4, 1)
-    assert ranks(same, same).tolist() == [3, 3, 3, 3]
 
 
 def test_retrieval_by_hand():

@@ -30,3 +30,14 @@ def largest_tensor():
             yield largest
 
     return watch
+
+
+@pytest.fixture
+def uninitialised_is_nan():
+    """Memory that is not written shows: torch fills what it does not initialise with NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)

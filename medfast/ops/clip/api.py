@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from medfast.ops import dispatch
+from medfast.ops import dispatch, pairwise
 from medfast.ops.clip import reference
-from medfast.ops.clip.autograd import clip_loss_fwd
+from medfast.ops.clip.autograd import log_sum_exps
+from medfast.ops.clip.positives import agreement
 
 _OP = "clip_loss"
 
@@ -27,7 +28,9 @@ def clip_loss(
         1/2 mean_i (logsumexp_j l_ij - l_ii) + 1/2 mean_j (logsumexp_i l_ij - l_jj),
 
     exact also where the diagonal wins by far or the features are not normalised. "reference" keeps
-    the B x B logits; "torch" and "cpu" recompute them in tiles within `MEDFAST_WORKSPACE_MB`.
+    the B x B logits in any case; the others keep them where `MEDFAST_WORKSPACE_MB` holds them,
+    and else compute them again in tiles. Under autocast the features take its dtype; sums, loss
+    and the gradient of the scale are in fp32.
 
     Args:
         image: Image features [B, D], fp32, bf16, fp16 or fp64; as a rule of unit length.
@@ -35,7 +38,7 @@ def clip_loss(
         logit_scale: The inverse temperature, a number or a tensor of one element.
         positives: Group ids, int64 [B]: rows of equal id are positives of one another, the mean
             over them taken outside the logarithm. None stands for the diagonal alone.
-        impl: "auto", "cpu", "torch" or "reference".
+        impl: "auto", "cpu", "triton", "torch" or "reference".
 
     Returns:
         The loss, a scalar: fp32, or fp64 for fp64 features. NaN features make it NaN.
@@ -57,18 +60,14 @@ def clip_loss(
     """
     dispatch.check_features(_OP, image=(image, "B D"), text=(text, "B D"))
     if positives is not None:
-        if positives.dtype != torch.int64 or positives.shape != image.shape[:1]:
-            raise dispatch.argument_error(
-                _OP,
-                "positives",
-                f"torch.int64 [{len(image)}]",
-                f"{positives.dtype} {list(positives.shape)}",
-                "Pass one group id per pair.",
-            )
-        dispatch.check_device(_OP, "positives", positives, image)
+        dispatch.check_ids(_OP, "positives", positives, image, "pair")
+    image, text = dispatch.autocast(image, text)
     scale = dispatch.as_scalar(_OP, "logit_scale", logit_scale, image)
     chosen = dispatch.choose(_OP, impl, image)
-    if chosen == "reference":
-        with torch.autocast(image.device.type, enabled=False):
+    with torch.autocast(image.device.type, enabled=False):
+        if chosen == "reference":
             return reference.clip_loss(image, text, scale, positives=positives)
-    return clip_loss_fwd(image, text, scale, positives, chosen)[0]
+        loss = pairwise.cross_entropy_of_sums(*log_sum_exps(image, text, scale, impl=chosen))
+        if positives is not None:
+            loss = loss + scale * agreement(image, text, positives) / len(image)
+        return loss

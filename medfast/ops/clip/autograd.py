@@ -1,4 +1,8 @@
-"""clip_loss as torch sees it: schema, shapes without data, gradient."""
+"""The log-sum-exps under clip_loss as torch sees them: schema, shapes without data, gradient.
+
+They are of a rectangle, so that a block of another rank's features, or the second half of a batch
+of views, is scored with the same op; what is built from them costs O(M + N).
+"""
 
 from __future__ import annotations
 
@@ -7,143 +11,146 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medfast.ops import pairwise
+from medfast.ops import tiles
 from medfast.ops.clip import chunked
-from medfast.ops.clip.chunked import TileOps
+
+
+def log_sum_exps(
+    rows: Tensor, columns: Tensor, logit_scale: Tensor, offset: int = 0, impl: str = "torch"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return own logits and the log-sum-exps without them; all three have gradients.
+
+    With `l = logit_scale * rows @ columns.T`, M x N, and row i's own column i + offset:
+
+        own_i = l_i,i+offset,  r_i = logsumexp_{j != i+offset} l_ij,  c_j likewise over rows.
+
+    Args:
+        rows: [M, D].
+        columns: [N, D], of the rows' dtype.
+        logit_scale: [].
+        offset: Column that belongs to row 0; outside the rectangle nothing is left out.
+        impl: "cpu", "triton" or "torch".
+
+    Returns:
+        own [M], -inf where the own column does not exist; r [M]; c [N]; -inf where nothing is left
+        to sum. In fp32, or fp64 for fp64 features.
+    """
+    needs_grad = torch.is_grad_enabled() and (
+        rows.requires_grad or columns.requires_grad or logit_scale.requires_grad
+    )
+    return clip_loss_fwd(rows, columns, logit_scale, offset, impl, needs_grad)[:3]
 
 
 @torch.library.custom_op("medfast::clip_loss_fwd", mutates_args=())
 def clip_loss_fwd(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    positives: Tensor | None = None,
-    impl: str = "torch",
+    rows: Tensor, columns: Tensor, logit_scale: Tensor, offset: int, impl: str, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss and what its gradient needs: see `chunked.forward`."""
-    with torch.autocast(image.device.type, enabled=False):
-        diagonal, rows, columns = chunked.forward(
-            image, text, logit_scale, _tile_ops(impl, logit_scale)
-        )
-        loss = pairwise.cross_entropy_of_sums(diagonal, rows, columns)
-        if positives is not None:
-            image, text = image.to(loss.dtype), text.to(loss.dtype)
-            loss += logit_scale * (image * _minus_group_mean(text, positives)).sum() / len(image)
-    return loss, diagonal, rows, columns
+    """Return own logits, both log-sum-exps and the kept logits [M, N], empty where not kept."""
+    if impl == "triton":
+        from medfast.ops.clip import triton
+
+        return (*triton.forward(rows, columns, logit_scale, offset), rows.new_empty(0, 0))
+    kept = _kept(rows, columns, impl, needs_grad)
+    sums = chunked.forward(rows, columns, logit_scale, offset, kept, _passes(impl, logit_scale))
+    return (*sums, kept)
 
 
 @clip_loss_fwd.register_fake
 def _(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    positives: Tensor | None = None,
-    impl: str = "torch",
+    rows: Tensor, columns: Tensor, logit_scale: Tensor, offset: int, impl: str, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(image.dtype, torch.float32)
-    diagonal, rows, columns = (image.new_empty(len(image), dtype=dtype) for _ in range(3))
-    return image.new_empty((), dtype=dtype), diagonal, rows, columns
+    own, row_lse, column_lse = (
+        x.new_empty(len(x), dtype=tiles.summable(x)) for x in (rows, rows, columns)
+    )
+    return own, row_lse, column_lse, _kept(rows, columns, impl, needs_grad)
 
 
 @torch.library.custom_op("medfast::clip_loss_bwd", mutates_args=())
 def clip_loss_bwd(
-    d_loss: Tensor,
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    positives: Tensor | None,
-    diagonal: Tensor,
+    d_own: Tensor,
+    d_rows: Tensor,
+    d_columns: Tensor,
     rows: Tensor,
     columns: Tensor,
+    logit_scale: Tensor,
+    offset: int,
+    own: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    kept: Tensor,
     impl: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of image, text and logit_scale; empty where `needs` is false."""
-    needs_image, needs_text, needs_scale = needs
+    """Return the gradients of rows, columns and logit_scale; empty where `needs` is false."""
+    needs_rows, needs_columns, needs_scale = needs
     # One side's product also holds the scale's gradient.
-    holds_image = needs_image or (needs_scale and not needs_text)
-    with torch.autocast(image.device.type, enabled=False):
-        d_image, d_text = chunked.backward(
-            image,
-            text,
-            logit_scale,
-            diagonal,
-            rows,
-            columns,
-            holds_image,
-            needs_text,
-            _tile_ops(impl, logit_scale),
-        )
-        if positives is not None:
-            if d_image is not None:
-                d_image.add_(_minus_group_mean(text.to(d_image.dtype), positives), alpha=2)
-            if d_text is not None:
-                d_text.add_(_minus_group_mean(image.to(d_text.dtype), positives), alpha=2)
-        weight = d_loss / (2 * len(image))
-        d_scale = logit_scale.new_empty(0)
-        if needs_scale:
-            held = [(x, d) for x, d in ((image, d_image), (text, d_text)) if d is not None]
-            features, gradient = held[0]
-            d_scale = ((features * gradient).sum() * weight).to(logit_scale.dtype)
-        weight = weight * logit_scale
-        return (
-            _weighted(d_image if needs_image else None, weight, image),
-            _weighted(d_text, weight, text),
-            d_scale,
-        )
+    holds_rows = needs_rows or (needs_scale and not needs_columns)
+    d_logits = (d_own, d_rows.contiguous(), d_columns.contiguous())
+    inputs = (*d_logits, rows, columns, logit_scale, offset, own, row_lse, column_lse)
+    if impl == "triton":
+        from medfast.ops.clip import triton
+
+        *products, d_scale = triton.backward(*inputs, holds_rows, needs_columns)
+    else:
+        passes = _passes(impl, logit_scale)
+        *products, d_scale = chunked.backward(*inputs, kept, holds_rows, needs_columns, passes)
+    return tiles.scaled(products, (rows, columns), logit_scale, needs, d_scale)
 
 
 @clip_loss_bwd.register_fake
 def _(
-    d_loss: Tensor,
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    positives: Tensor | None,
-    diagonal: Tensor,
+    d_own: Tensor,
+    d_rows: Tensor,
+    d_columns: Tensor,
     rows: Tensor,
     columns: Tensor,
+    logit_scale: Tensor,
+    offset: int,
+    own: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    kept: Tensor,
     impl: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    image, text, scale = (
+    d_x, d_y, d_scale = (
         torch.empty_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)
-        for x, need in zip((image, text, logit_scale), needs, strict=True)
+        for x, need in zip((rows, columns, logit_scale), needs, strict=True)
     )
-    return image, text, scale
+    return d_x, d_y, d_scale
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    image, text, logit_scale, positives, ctx.impl = inputs
-    ctx.save_for_backward(image, text, logit_scale, positives, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
+    rows, columns, logit_scale, ctx.offset, ctx.impl, _ = inputs
+    ctx.save_for_backward(rows, columns, logit_scale, *output)
+    ctx.mark_non_differentiable(output[3])
 
 
-def _backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, d_own: Tensor, d_rows: Tensor, d_columns: Tensor, _: Tensor
+) -> tuple[Tensor | None, ...]:
+    rows, columns, logit_scale, *sums = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    grads = clip_loss_bwd(d_loss, *ctx.saved_tensors, ctx.impl, needs)
+    grads = clip_loss_bwd(
+        d_own, d_rows, d_columns, rows, columns, logit_scale, ctx.offset, *sums, ctx.impl, needs
+    )
     kept = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return (*kept, None, None)
+    return (*kept, None, None, None)
 
 
 clip_loss_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _tile_ops(impl: str, logit_scale: Tensor) -> TileOps:
+def _passes(impl: str, logit_scale: Tensor) -> chunked.Passes:
     if impl == "cpu":
-        from medfast.ops.clip.cpu import CpuTileOps
+        from medfast.ops.clip.cpu import CpuPasses
 
-        return CpuTileOps(logit_scale)
-    return TileOps()
-
-
-def _weighted(gradient: Tensor | None, weight: Tensor, features: Tensor) -> Tensor:
-    return features.new_empty(0) if gradient is None else (gradient * weight).to(features.dtype)
+        return CpuPasses(logit_scale)
+    return chunked.Passes(logit_scale)
 
 
-def _minus_group_mean(features: Tensor, positives: Tensor) -> Tensor:
-    """Return each row minus the mean of the rows of its id; exactly 0 for a row alone."""
-    _, group, counts = torch.unique(positives, return_inverse=True, return_counts=True)
-    # Sorted segments, not index_add: its order of summation varies from run to run on a GPU.
-    sums = torch.segment_reduce(features[group.argsort(stable=True)], "sum", lengths=counts)
-    return features - (sums / counts[:, None])[group]
+def _kept(rows: Tensor, columns: Tensor, impl: str, needs_grad: bool) -> Tensor:
+    """Return memory for all logits where the backward wants them and the workspace holds them."""
+    keeps = needs_grad and impl != "triton" and tiles.fits_workspace(rows, columns)
+    shape = (len(rows), len(columns)) if keeps else (0, 0)
+    return rows.new_empty(shape, dtype=tiles.summable(rows))

@@ -1,98 +1,142 @@
-"""clip_loss in row chunks of plain PyTorch: recomputes the logits, never keeps B x B of them."""
+"""The log-sum-exps of clip_loss in tiles of plain PyTorch: never keeps more than the workspace."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from medfast.ops.matmul import matmul
-from medfast.ops.workspace import workspace_bytes
-
-# A tile of logits and the temporary of its exponentials.
-_LIVE_TILES = 2
-# Enough for efficient products; a CPU gains nothing from larger tiles.
-_CPU_ROWS = 512
+from medfast.ops import tiles
 
 
-class TileOps:
-    """The passes over one tile of logits."""
+class Passes:
+    """What clip_loss does with a tile of logits [R, C]; own entries are -inf."""
 
-    def logsumexp(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the log-sum-exps of the rows and of the columns."""
+    def __init__(self, logit_scale: Tensor) -> None:
+        """Take the scale [] of the logits, from which subclasses foresee their size."""
+
+    def log_sum_exps(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log-sum-exps of the rows [R] and of the columns [C]."""
         return logits.logsumexp(1), logits.logsumexp(0)
 
-    def softmaxes_(self, logits: Tensor, rows: Tensor, columns: Tensor) -> None:
-        """Replace the logits by their softmax along rows plus that along columns.
+    def gradient(
+        self,
+        logits: Tensor,
+        row_lse: Tensor,
+        column_lse: Tensor,
+        d_rows: Tensor,
+        d_columns: Tensor,
+        out: Tensor,
+    ) -> float | None:
+        """Write `g_ij = d_rows_i e^(l_ij - row_lse_i) + d_columns_j e^(l_ij - column_lse_j)`.
 
         Args:
-            logits: [R, B], overwritten.
-            rows: [R], log-sum-exps of the rows.
-            columns: [B], log-sum-exps of the columns, over all tiles.
+            logits: l [R, C].
+            row_lse: [R].
+            column_lse: [C].
+            d_rows: [R].
+            d_columns: [C].
+            out: Where g goes, [R, C].
+
+        Returns:
+            The sum of `g_ij l_ij` if it is more precise than `out` would give it, else None.
         """
-        along_rows = torch.sub(logits, rows[:, None]).exp_()
-        logits.sub_(columns).exp_().add_(along_rows)
+        along_rows = torch.sub(logits, row_lse[:, None]).exp_().mul_(d_rows[:, None])
+        along_columns = torch.sub(logits, column_lse).exp_().mul_(d_columns)
+        torch.add(along_rows, along_columns, out=out)
+        return None
 
 
 def forward(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    tile_ops: TileOps,
+    rows: Tensor, columns: Tensor, logit_scale: Tensor, offset: int, kept: Tensor, passes: Passes
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each pair's logit and the log-sum-exps of its row and column without it, all [B]."""
-    image, text = _accumulable(image), _accumulable(text)
-    diagonal, rows = image.new_empty(len(image)), image.new_empty(len(image))
-    columns = image.new_full((len(image),), -torch.inf)
-    for chunk, logits in _tiles(image, text, logit_scale):
-        own = logits.diagonal(chunk.start)
-        diagonal[chunk] = own
-        own.fill_(-torch.inf)
-        rows[chunk], partial = tile_ops.logsumexp(logits)
-        columns = torch.logaddexp(columns, partial)
-    return diagonal, rows, columns
+    """Return own logits [M] and the log-sum-exps of rows [M] and columns [N] without them.
+
+    Args:
+        rows: [M, D].
+        columns: [N, D].
+        logit_scale: [].
+        offset: Row i's own column is i + offset; where there is none its own logit is -inf.
+        kept: Where the logits stay for the backward, [M, N], or empty.
+        passes: The passes over a tile.
+    """
+    own = rows.new_full((len(rows),), -torch.inf, dtype=tiles.summable(rows))
+    # Merged once a tile: in fp64 the roundings of the merges do not add up.
+    row_lse, column_lse = (
+        x.new_full((len(x),), -torch.inf, dtype=torch.float64) for x in (rows, columns)
+    )
+    for tile in tiles.tiles(rows, columns, logit_scale, kept if kept.numel() else None):
+        own_logits = tile.own(tile.logits, offset)
+        own[tile.own_rows(offset)] = own_logits
+        own_logits.fill_(-torch.inf)
+        for total, slices, part in zip(
+            (row_lse, column_lse),
+            (tile.rows, tile.columns),
+            passes.log_sum_exps(tile.logits),
+            strict=True,
+        ):
+            torch.logaddexp(total[slices], part.double(), out=total[slices])
+    return own, row_lse.to(own.dtype), column_lse.to(own.dtype)
 
 
 def backward(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    diagonal: Tensor,
+    d_own: Tensor,
+    d_rows: Tensor,
+    d_columns: Tensor,
     rows: Tensor,
     columns: Tensor,
-    needs_image: bool,
-    needs_text: bool,
-    tile_ops: TileOps,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return 2 B / logit_scale times the gradients of the loss, in fp32, where they are needed."""
-    image, text = _accumulable(image), _accumulable(text)
-    d_image = torch.empty_like(image) if needs_image else None
-    d_text = torch.zeros_like(text) if needs_text else None
-    # softmax - 1 on the diagonal, written as what the others take: nothing cancels.
-    d_diagonal = -(torch.sigmoid(rows - diagonal) + torch.sigmoid(columns - diagonal))
-    rows, columns = torch.logaddexp(rows, diagonal), torch.logaddexp(columns, diagonal)
-    for chunk, logits in _tiles(image, text, logit_scale):
-        own = logits.diagonal(chunk.start)
-        own.fill_(-torch.inf)
-        tile_ops.softmaxes_(logits, rows[chunk], columns)
-        own.copy_(d_diagonal[chunk])
-        if d_image is not None:
-            d_image[chunk] = matmul(logits, text)
-        if d_text is not None:
-            d_text += matmul(logits.T, image[chunk])
-    return d_image, d_text
+    logit_scale: Tensor,
+    offset: int,
+    own: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    kept: Tensor,
+    needs_rows: bool,
+    needs_columns: bool,
+    passes: Passes,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of rows and columns, over `logit_scale`, in fp32 or fp64.
 
+    The third result is the gradient of `logit_scale` where it is had more precisely than from the
+    other two, else None.
 
-def _accumulable(features: Tensor) -> Tensor:
-    return features.to(torch.promote_types(features.dtype, torch.float32)).contiguous()
-
-
-def _tiles(image: Tensor, text: Tensor, logit_scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield row slices and their logits."""
-    rows = max(1, workspace_bytes() // (_LIVE_TILES * len(text) * image.element_size()))
-    if image.device.type == "cpu":
-        rows = min(rows, _CPU_ROWS)
-    for start in range(0, len(image), rows):
-        chunk = slice(start, start + rows)
-        yield chunk, matmul(image[chunk] * logit_scale, text.T)
+    Args:
+        d_own: Gradient of the own logits [M].
+        d_rows: Gradient of the rows' log-sum-exps [M].
+        d_columns: Gradient of the columns' log-sum-exps [N].
+        rows: As in `forward`.
+        columns: As in `forward`.
+        logit_scale: As in `forward`.
+        offset: As in `forward`.
+        own: From `forward`.
+        row_lse: From `forward`.
+        column_lse: From `forward`.
+        kept: As `forward` left it.
+        needs_rows: Whether the first gradient is wanted.
+        needs_columns: Whether the second one is.
+        passes: The passes over a tile.
+    """
+    products = tiles.Products(rows, columns, needs_rows, needs_columns)
+    d_log_scale = tiles.LogScaleGradient()
+    is_kept = kept.numel() > 0
+    if is_kept:
+        walk = tiles.kept_tiles(rows, columns, kept)
+    else:
+        walk = tiles.tiles(rows, columns, logit_scale)
+    for tile in walk:
+        if not is_kept:
+            tile.own(tile.logits, offset).fill_(-torch.inf)
+        gradient = products.gradient(tile)
+        total = passes.gradient(
+            tile.logits,
+            row_lse[tile.rows],
+            column_lse[tile.columns],
+            d_rows[tile.rows],
+            d_columns[tile.columns],
+            gradient,
+        )
+        d_log_scale.add(total)
+        tile.own(gradient, offset).copy_(d_own[tile.own_rows(offset)])
+        products.add(tile, gradient)
+    # Where the own column does not exist, own is -inf and its gradient 0.
+    d_log_scale.add(0.0, d_own, own.masked_fill(own == -torch.inf, 0))
+    return products.of_rows, products.of_columns, d_log_scale.of_scale(logit_scale)

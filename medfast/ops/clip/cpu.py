@@ -1,4 +1,4 @@
-"""clip_loss with csrc's kernels: the chunks of chunked.py, each tile passed over once, in place."""
+"""The passes of clip_loss with csrc's kernels: one exponential per logit, one walk over a tile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from medfast import _C
-from medfast.ops.clip.chunked import TileOps
+from medfast.ops.clip.chunked import Passes
 
 # Above this scale one shift cannot serve every row: sums may fall below what fp32 holds.
 _MAX_SCALE = 150.0
@@ -21,11 +21,11 @@ _SMALLEST_PER_TERM = 2.0**-102
 _LARGEST = math.exp(85)
 
 
-class CpuTileOps(TileOps):
+class CpuPasses(Passes):
     """Exponentials of the logits minus one constant serve rows and columns at once.
 
     Where the constant does not suit a tile (a huge scale, unnormalised features, a row far from
-    everything) the tile takes the exact path of `TileOps` instead.
+    everything) the tile takes the exact path of `Passes` instead.
     """
 
     def __init__(self, logit_scale: Tensor) -> None:
@@ -33,11 +33,12 @@ class CpuTileOps(TileOps):
         self.shift = max(scale - _HEADROOM, 0.0)
         self.has_shift = scale <= _MAX_SCALE
 
-    def logsumexp(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def log_sum_exps(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         if self.has_shift:
             rows, columns = (logits.new_empty(size) for size in logits.shape)
             _C.clip_loss_sums(
                 logits.data_ptr(),
+                logits.stride(0),
                 logits.shape[0],
                 logits.shape[1],
                 self.shift,
@@ -47,23 +48,36 @@ class CpuTileOps(TileOps):
             smallest = max(logits.shape) * _SMALLEST_PER_TERM
             if all(_within(sums, smallest, _LARGEST) for sums in (rows, columns)):
                 return rows.log_().add_(self.shift), columns.log_().add_(self.shift)
-        return super().logsumexp(logits)
+        return super().log_sum_exps(logits)
 
-    def softmaxes_(self, logits: Tensor, rows: Tensor, columns: Tensor) -> None:
+    def gradient(
+        self,
+        logits: Tensor,
+        row_lse: Tensor,
+        column_lse: Tensor,
+        d_rows: Tensor,
+        d_columns: Tensor,
+        out: Tensor,
+    ) -> float | None:
         lowest = self.shift + math.log(max(logits.shape) * _SMALLEST_PER_TERM)
         highest = self.shift + math.log(_LARGEST)
-        if self.has_shift and all(_within(sums, lowest, highest) for sums in (rows, columns)):
-            row_weights, column_weights = (torch.exp(self.shift - sums) for sums in (rows, columns))
-            _C.clip_loss_softmaxes(
-                logits.data_ptr(),
-                logits.shape[0],
-                logits.shape[1],
-                self.shift,
-                row_weights.data_ptr(),
-                column_weights.data_ptr(),
-            )
-        else:
-            super().softmaxes_(logits, rows, columns)
+        if not (
+            self.has_shift and all(_within(lse, lowest, highest) for lse in (row_lse, column_lse))
+        ):
+            return super().gradient(logits, row_lse, column_lse, d_rows, d_columns, out)
+        row_weights = torch.exp(self.shift - row_lse).mul_(d_rows)
+        column_weights = torch.exp(self.shift - column_lse).mul_(d_columns)
+        return _C.clip_loss_gradient(
+            logits.data_ptr(),
+            logits.stride(0),
+            logits.shape[0],
+            logits.shape[1],
+            self.shift,
+            row_weights.data_ptr(),
+            column_weights.data_ptr(),
+            out.data_ptr(),
+            out.dtype == torch.bfloat16,
+        )
 
 
 def _within(values: Tensor, lowest: float, highest: float) -> bool:

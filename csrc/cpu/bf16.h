@@ -1,0 +1,25 @@
+// bf16 as storage: the upper half of a float.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "instruction_set.h"
+
+namespace medfast {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+// Stores x, rounded to the nearest, ties to even. Vector code comes of it.
+MEDFAST_KERNEL void store(float x, float* to) { *to = x; }
+
+MEDFAST_KERNEL void store(float x, bf16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  to->bits = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+}  // namespace medfast
