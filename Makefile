@@ -1,18 +1,25 @@
 # `make demo`: from a clone to a trained, evaluated model. `make test`: the tests. `make lint`: style
-# and types.
+# and types. `make bench`: the benchmarks, about ten minutes. `make slow`: what takes longer.
 # A file in .venv marks each finished installation, so that it is not repeated.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUILD := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench slow clean
 
 demo: $(VENV)/installed-train
 	$(BIN)/python -m medfast.train --method local --fused-loss
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/installed-test
+	$(BIN)/python -m pytest --benchmark-only
+	$(BIN)/python -m benchmarks.errors
+
+slow: $(VENV)/installed-test
+	$(BIN)/python -m pytest --benchmark-only -m slow
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

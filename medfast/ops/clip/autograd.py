@@ -124,15 +124,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     rows, columns, logit_scale, ctx.offset, ctx.impl, _ = inputs
     ctx.save_for_backward(rows, columns, logit_scale, *output)
     ctx.mark_non_differentiable(output[3])
+    # Else torch makes zeros for the gradient that the kept logits do not have.
+    ctx.set_materialize_grads(False)
 
 
-def _backward(
-    ctx: Any, d_own: Tensor, d_rows: Tensor, d_columns: Tensor, _: Tensor
-) -> tuple[Tensor | None, ...]:
-    rows, columns, logit_scale, *sums = ctx.saved_tensors
+def _backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    rows, columns, logit_scale, *outputs = ctx.saved_tensors
+    d_sums = [
+        torch.zeros_like(output) if d_output is None else d_output
+        for output, d_output in zip(outputs[:3], d_outputs[:3], strict=True)
+    ]
     needs = list(ctx.needs_input_grad[:3])
     grads = clip_loss_bwd(
-        d_own, d_rows, d_columns, rows, columns, logit_scale, ctx.offset, *sums, ctx.impl, needs
+        *d_sums, rows, columns, logit_scale, ctx.offset, *outputs, ctx.impl, needs
     )
     kept = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return (*kept, None, None, None)

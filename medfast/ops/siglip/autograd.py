@@ -86,9 +86,11 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    # Else torch makes zeros for the gradients that these outputs do not have.
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, d_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     grads = (
         (grad * d_loss).to(grad.dtype) if need else None
         for grad, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:4], strict=True)
