@@ -1,0 +1,210 @@
+"""`python -m benchmarks.report`: the README's tables and picture, from the newest JSON files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.ops import OPS
+from benchmarks.targets import line, quantity, size
+
+_RESULTS = ("loss", "d_image", "d_text", "d_scale")
+# What the picture leaves out, or it would be crowded.
+_NOT_DRAWN = ("medfast torch*", "*compiled")
+
+Comparison = dict[str, Any]
+
+
+def report(found: Sequence[dict[str, Any]]) -> str:
+    """Return everything about one machine as Markdown."""
+    comparisons = comparisons_of(found)
+    parts = [_about(found[0]["conditions"])]
+    for family in _families(comparisons):
+        largest = family[-1]
+        parts += [f"### {_title(largest)}", comparison_table(largest)]
+        if len(family) > 1:
+            several = _title(largest, size("B", *largest["shape"][1:]))
+            for key, what in (("median_s", "time"), ("peak_bytes", "peak memory")):
+                parts += [f"### {several}: {what}", size_table(family, key)]
+    judged = [line(target) for one in comparisons for target in one["targets"]]
+    if judged:
+        parts += ["### Targets", _markdown(["target", "wanted", "measured", ""], judged)]
+    for result in found:
+        if result["name"] == "errors":
+            parts += errors_tables(result)
+    return "\n\n".join(parts) + "\n"
+
+
+def comparisons_of(found: Sequence[dict[str, Any]]) -> list[Comparison]:
+    """Return all comparisons in which something was measured."""
+    every = (one for result in found for one in result.get("comparisons", ()))
+    return [one for one in every if _measured(one)]
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """Return one comparison, variant by variant, and how many times faster than the first peer."""
+    rows = _measured(comparison)
+    base = next((row for row in rows if not row["own"]), rows[0])
+    head = ["variant", "time", "p20 to p80", f"{base['variant']} / this"]
+    head += ["TFLOP/s", "% of torch.mm", "peak memory"]
+    lines = []
+    for row in rows:
+        spread = f"{quantity(row['p20_s'])} to {quantity(row['p80_s'])}"
+        scaled = f" (on {row['share']:.0%} of the queries, scaled)" if "share" in row else ""
+        lines.append(
+            [
+                row["variant"] + scaled,
+                quantity(row["median_s"]),
+                spread,
+                f"{base['median_s'] / row['median_s']:.2f}x",
+                f"{row['tflops']:.3g}",
+                f"{row['percent_of_mm']:.0f}",
+                _text(row.get("peak_bytes"), "peak_bytes"),
+            ]
+        )
+    return _markdown(head, lines)
+
+
+def size_table(family: Sequence[Comparison], key: str) -> str:
+    """Return the medians or peaks of comparisons of several sizes, one column per size."""
+    names = dict.fromkeys(row["variant"] for one in family for row in _measured(one))
+    lines = [[name, *(_text(_value(one, name, key), key) for one in family)] for name in names]
+    return _markdown(["variant", *(f"B = {one['shape'][0]:,}" for one in family)], lines)
+
+
+def errors_tables(result: dict[str, Any]) -> list[str]:
+    """Return a table for each result: scales and correlations down, variants across."""
+    rows = result["rows"]
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    places = list(dict.fromkeys((row["scale"], row["correlation"]) for row in rows))
+    errors = {(row["scale"], row["correlation"], row["variant"]): row["errors"] for row in rows}
+    parts = []
+    for key in _RESULTS:
+        parts.append(f"### Relative error of {key} against fp64, {size(*result['shape'])}")
+        lines = [
+            [f"{s:g}", f"{c:g}", *(f"{errors[s, c, name][key]:.1e}" for name in names)]
+            for s, c in places
+        ]
+        parts.append(_markdown(["scale", "correlation", *names], lines))
+    return parts
+
+
+def picture(comparisons: Sequence[Comparison], path: Path) -> None:
+    """Draw time and peak memory of clip_loss against B, both axes logarithmic."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    families = [f for f in _families(comparisons) if f[0]["op"] == "clip_loss"]
+    if not families:
+        return
+    family = max(families, key=len)
+    sizes = [one["shape"][0] for one in family]
+    names = sorted({row["variant"] for one in family for row in _measured(one)})
+    names = [n for n in names if not any(fnmatchcase(n, pattern) for pattern in _NOT_DRAWN)]
+    panels = {"median_s": "time [s]", "peak_bytes": "peak memory above the inputs [bytes]"}
+    # With a fixed salt and no date the file changes only when the numbers do.
+    with matplotlib.rc_context({"svg.hashsalt": "medfast", "svg.fonttype": "none"}):
+        figure = Figure(figsize=(9.0, 4.0), layout="constrained")
+        for axes, (key, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+            for name in names:
+                points = [(one["shape"][0], _value(one, name, key)) for one in family]
+                known = [(x, y) for x, y in points if y is not None]
+                axes.loglog(
+                    [x for x, _ in known],
+                    [y for _, y in known],
+                    "o-" if name.startswith("medfast") else "s--",
+                    markersize=4,
+                    label=name,
+                )
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sizes, [f"{B:,}" for B in sizes], rotation=45)
+            axes.set_xlabel("B [pairs]")
+            axes.set_ylabel(label)
+            axes.grid(True, alpha=0.3)
+            axes.legend(fontsize="small")
+        figure.suptitle(f"{_title(family[0], size('B', *family[0]['shape'][1:]))}")
+        figure.savefig(path, metadata={"Date": None})
+
+
+def _families(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
+    """Return the comparisons in groups that differ in the first size alone, smallest first.
+
+    Of two of one size, the one with more variants counts.
+    """
+    found: dict[tuple[Any, ...], dict[int, Comparison]] = {}
+    for one in comparisons:
+        rows, *others = one["shape"]
+        key = (*(one[name] for name in ("op", "device", "passes", "clock", "allocator")), *others)
+        known = found.setdefault(key, {}).get(rows)
+        if known is None or len(_measured(known)) < len(_measured(one)):
+            found[key][rows] = one
+    return [[family[rows] for rows in sorted(family)] for family in found.values()]
+
+
+def _about(conditions: dict[str, Any]) -> str:
+    """Return the conditions in a sentence."""
+    versions = {name: number for name, number in conditions["versions"].items() if number}
+    where = f"{conditions['cpu']}, {conditions['cores']} cores, {conditions['threads']} threads"
+    if "gpu" in conditions:
+        where = f"{conditions['gpu']} (CUDA {conditions['cuda']}), {where}"
+    listed = ", ".join(f"{name} {number}" for name, number in versions.items())
+    revision = (conditions["revision"] or "unknown")[:12]
+    return f"{where}; {listed}; revision {revision}; {conditions['date'][:10]}."
+
+
+def _title(comparison: Comparison, sizes: str | None = None) -> str:
+    passes = comparison["passes"]
+    parts = [f"{comparison['op']} {sizes or size(*comparison['shape'])}"]
+    if OPS[comparison["op"]].has_gradient:
+        parts.append("forward and backward" if passes == "both" else passes)
+    if comparison["device"] == "cuda":
+        parts.append(f"{comparison['clock']} clock")
+    else:
+        parts.append(comparison["allocator"])
+    return ", ".join(parts)
+
+
+def _measured(comparison: Comparison) -> list[dict[str, Any]]:
+    return [row for row in comparison["rows"] if "median_s" in row]
+
+
+def _value(comparison: Comparison, name: str, key: str) -> float | None:
+    return next((row.get(key) for row in _measured(comparison) if row["variant"] == name), None)
+
+
+def _text(value: float | None, key: str) -> str:
+    return "-" if value is None else quantity(value, key)
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> None:
+    """Print the tables of every machine, and draw its picture beside the results."""
+    parser = argparse.ArgumentParser(prog="benchmarks.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the JSON")
+    folder = parser.parse_args().results
+    by_machine: dict[str, list[dict[str, Any]]] = {}
+    for (name, machine), result in sorted(results.newest(folder).items()):
+        if name != "gpu_small":
+            by_machine.setdefault(machine, []).append(result)
+    if not by_machine:
+        print(
+            f"benchmarks.report: error: {folder} holds no results; run pytest --benchmark-only.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    for machine, found in by_machine.items():
+        print(f"## {machine}\n\n{report(found)}")
+        picture(comparisons_of(found), folder / f"clip_loss_{machine}.svg")
+
+
+if __name__ == "__main__":
+    main()
