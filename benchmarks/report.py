@@ -1,4 +1,7 @@
-"""`python -m benchmarks.report`: the README's tables and picture, from the newest JSON files."""
+"""`python -m benchmarks.report`: tables and a picture from the newest JSON files.
+
+`--readme README.md` renews the README's part, which names the files that it is made of.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
+from benchmarks.conditions import machine as machine_of
 from benchmarks.ops import OPS
 from benchmarks.targets import line, quantity, size
 
 _RESULTS = ("loss", "d_image", "d_text", "d_scale")
+# What the README shows of them.
+_README_ERRORS = ("loss", "d_image")
+_MARK, _END_MARK = "<!-- benchmarks: ", "<!-- end of benchmarks -->"
 # What the picture leaves out, or it would be crowded.
 _NOT_DRAWN = ("medfast torch*", "*compiled")
 
@@ -38,6 +45,47 @@ def report(found: Sequence[dict[str, Any]]) -> str:
         if result["name"] == "errors":
             parts += errors_tables(result)
     return "\n\n".join(parts) + "\n"
+
+
+def readme_part(files: Sequence[str], folder: Path = results.FOLDER) -> str:
+    """Return the README's part about the results in these files, between its two marks."""
+    found = [results.load(folder / name) for name in files]
+    parts = [f"{_MARK}{' '.join(files)} -->"]
+    for machine, one in _by_machine(found).items():
+        comparisons = comparisons_of(one)
+        judged = [line(target) for c in comparisons for target in c["targets"]]
+        family = _clip_family(comparisons)
+        parts += [
+            f"On {_about(one[0]['conditions'])}",
+            _markdown(["comparison", "wanted", "measured", ""], judged),
+            f"{_title(family[-1])}:",
+            comparison_table(family[-1]),
+            f"{_title(family[0], size('B', *family[0]['shape'][1:]))}:",
+            size_table(family, "median_s"),
+            f"![time and peak memory against the batch size](benchmarks/results/{_file(machine)})",
+        ]
+        for result in one:
+            if result["name"] == "errors":
+                parts += errors_tables(result, "", _README_ERRORS)
+    return "\n\n".join([*parts, _END_MARK])
+
+
+def renewed(readme: str, part: str) -> str:
+    """Return a README with its part about the results replaced.
+
+    Raises:
+        ValueError: The README has no such part.
+    """
+    before, _, rest = readme.partition(_MARK)
+    _, mark, after = rest.partition(_END_MARK)
+    if not mark:
+        raise ValueError(f"the README has no part from {_MARK}... --> to {_END_MARK}")
+    return before + part + after
+
+
+def files_of(readme: str) -> list[str]:
+    """Return the files that the README's part was made of."""
+    return readme.partition(_MARK)[2].partition(" -->")[0].split()
 
 
 def comparisons_of(found: Sequence[dict[str, Any]]) -> list[Comparison]:
@@ -77,15 +125,19 @@ def size_table(family: Sequence[Comparison], key: str) -> str:
     return _markdown(["variant", *(f"B = {one['shape'][0]:,}" for one in family)], lines)
 
 
-def errors_tables(result: dict[str, Any]) -> list[str]:
+def errors_tables(
+    result: dict[str, Any], level: str = "### ", names_of_results: Sequence[str] = _RESULTS
+) -> list[str]:
     """Return a table for each result: scales and correlations down, variants across."""
     rows = result["rows"]
     names = list(dict.fromkeys(row["variant"] for row in rows))
     places = list(dict.fromkeys((row["scale"], row["correlation"]) for row in rows))
     errors = {(row["scale"], row["correlation"], row["variant"]): row["errors"] for row in rows}
     parts = []
-    for key in _RESULTS:
-        parts.append(f"### Relative error of {key} against fp64, {size(*result['shape'])}")
+    for key in names_of_results:
+        colon = "" if level else ":"
+        title = f"Relative error of {key} against fp64, {size(*result['shape'])}"
+        parts.append(f"{level}{title}{colon}")
         lines = [
             [f"{s:g}", f"{c:g}", *(f"{errors[s, c, name][key]:.1e}" for name in names)]
             for s, c in places
@@ -99,10 +151,9 @@ def picture(comparisons: Sequence[Comparison], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    families = [f for f in _families(comparisons) if f[0]["op"] == "clip_loss"]
-    if not families:
+    family = _clip_family(comparisons)
+    if not family:
         return
-    family = max(families, key=len)
     sizes = [one["shape"][0] for one in family]
     names = sorted({row["variant"] for one in family for row in _measured(one)})
     names = [n for n in names if not any(fnmatchcase(n, pattern) for pattern in _NOT_DRAWN)]
@@ -144,6 +195,23 @@ def _families(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
         if known is None or len(_measured(known)) < len(_measured(one)):
             found[key][rows] = one
     return [[family[rows] for rows in sorted(family)] for family in found.values()]
+
+
+def _clip_family(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the comparisons of clip_loss at most sizes."""
+    families = [f for f in _families(comparisons) if f[0]["op"] == "clip_loss"]
+    return max(families, key=len, default=[])
+
+
+def _by_machine(found: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in found:
+        groups.setdefault(machine_of(result["conditions"]), []).append(result)
+    return groups
+
+
+def _file(machine: str) -> str:
+    return f"clip_loss_{machine}.svg"
 
 
 def _about(conditions: dict[str, Any]) -> str:
@@ -190,20 +258,25 @@ def main() -> None:
     """Print the tables of every machine, and draw its picture beside the results."""
     parser = argparse.ArgumentParser(prog="benchmarks.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the JSON")
-    folder = parser.parse_args().results
-    by_machine: dict[str, list[dict[str, Any]]] = {}
-    for (name, machine), result in sorted(results.newest(folder).items()):
-        if name != "gpu_small":
-            by_machine.setdefault(machine, []).append(result)
-    if not by_machine:
+    parser.add_argument("--readme", type=Path, help="a README whose part is to be renewed")
+    given = parser.parse_args()
+    newest = sorted(results.newest(given.results).items())
+    found = [result for (name, _), result in newest if not name.startswith("gpu_small")]
+    if not found:
         print(
-            f"benchmarks.report: error: {folder} holds no results; run pytest --benchmark-only.",
+            f"benchmarks.report: error: {given.results} holds no results; run "
+            "pytest --benchmark-only.",
             file=sys.stderr,
         )
         sys.exit(2)
-    for machine, found in by_machine.items():
-        print(f"## {machine}\n\n{report(found)}")
-        picture(comparisons_of(found), folder / f"clip_loss_{machine}.svg")
+    for machine, one in _by_machine(found).items():
+        print(f"## {machine}\n\n{report(one)}")
+        picture(comparisons_of(one), given.results / _file(machine))
+    if given.readme is not None:
+        files = [results.file_name(result["name"], result["conditions"]) for result in found]
+        text = given.readme.read_text(encoding="utf-8")
+        part = readme_part(files, given.results)
+        given.readme.write_text(renewed(text, part), encoding="utf-8")
 
 
 if __name__ == "__main__":

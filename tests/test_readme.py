@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import report
 from medfast import cli
 from medfast.methods import METHODS
 from medfast.ops.dispatch import IMPLEMENTATIONS
@@ -60,3 +61,11 @@ def test_environment_variables_are_listed():
     for path in package.rglob("*.py"):
         used |= set(re.findall(r"MEDFAST_[A-Z_]+", path.read_text()))
     assert {row[0].strip("`") for row in _table("environment variable")} == used
+
+
+def test_figures_are_those_of_the_files_that_they_name():
+    """After a new run: python -m benchmarks.report --readme README.md."""
+    files = report.files_of(README)
+    assert files
+    assert report.renewed(README, report.readme_part(files)) == README
+    assert all((report.results.FOLDER / name).exists() for name in files)
