@@ -10,7 +10,7 @@ import torch
 
 from medfast import __version__
 from medfast.device import has_bf16
-from medfast.ops.dispatch import IMPLEMENTATIONS, NAMES, why_not
+from medfast.ops.dispatch import IMPLEMENTATIONS, NAMES, choose, why_not
 
 PACKAGES = (
     *("torch", "torchvision", "triton", "timm", "transformers", "tokenizers"),
@@ -29,9 +29,9 @@ def describe() -> str:
     lines += ["", "devices", f"  {'system':<14} {platform.platform()}"]
     lines += [f"  {'cpu':<14} {_cpu()}"]
     lines += [f"  {'gpu':<14} {_gpu()}"]
-    for op, implementations in IMPLEMENTATIONS.items():
+    for op in IMPLEMENTATIONS:
         lines += ["", op]
-        chosen = next(impl for impl in implementations if why_not(op, impl) is None)
+        chosen = choose(op, "auto", torch.empty(0))
         for name in NAMES:
             reason = why_not(op, name)
             runs = "runs here" + (", chosen by auto on a CPU" if name == chosen else "")

@@ -170,6 +170,18 @@ class Products:
             )
 
 
+def log_scale_total(gradient: Tensor, logits: Tensor, rounded: Tensor) -> float | None:
+    """Return the sum of gradient times logit over a tile, own entries left out.
+
+    None where `rounded`, the gradient as products take it, is as precise: `scaled` then does it.
+    """
+    if rounded.dtype == gradient.dtype:
+        return None
+    # At an own entry this is 0 times -inf or, where there are no others, NaN.
+    products = (gradient * logits).masked_fill_(logits == -torch.inf, 0)
+    return products.sum(dtype=torch.float64).item()
+
+
 class LogScaleGradient:
     """Sums gradient times logit over pairs, scale times the gradient of the scale.
 

@@ -71,7 +71,7 @@ _TILES = {
     ("ieee", 100): Tile(64, 64, 16, warps=4, stages=3),
 }
 # Under the interpreter: small, so that small inputs have many tiles, and not square.
-_INTERPRETED = Tile(32, 64, 64, warps=4, stages=1)
+_INTERPRETED = Tile(32, 64, 64, warps=4, stages=1, parts=2)
 
 
 # Kernels load 16 bytes at a time where rows start at multiples of 16 features.

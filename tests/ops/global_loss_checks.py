@@ -103,15 +103,18 @@ class GlobalLossChecks:
         self.assert_as_close_as_eager(loss, self.inputs(B, D, dtype), self.rounds)
 
     @pytest.mark.skipif(matmul.mkl_bf16_gemm() is None, reason="torch is built without MKL")
-    @pytest.mark.parametrize(("B", "D"), [(1, 3), (2, 64), (129, 64), (1000, 512)])
+    @pytest.mark.parametrize("impl", ["torch", "cpu"])
+    @pytest.mark.parametrize(("B", "D"), [(1, 3), (2, 3), (2, 64), (129, 64), (1000, 512)])
     @pytest.mark.parametrize("workspace", ["256", "0.1"])
-    def test_bf16_products_with_sums_in_fp32(self, monkeypatch, B, D, workspace):
-        if why_not(self.name, "cpu") is not None:
-            pytest.skip(why_not(self.name, "cpu"))
+    def test_bf16_products_with_sums_in_fp32(self, monkeypatch, impl, B, D, workspace):
+        """What a CPU with bf16 in hardware does; it can be had, slowly, on any."""
+        if why_not(self.name, impl) is not None:
+            pytest.skip(why_not(self.name, impl))
         monkeypatch.setattr(matmul, "multiplies_bf16", lambda: True)
         monkeypatch.setenv("MEDFAST_WORKSPACE_MB", workspace)
         inputs = self.inputs(B, D, torch.bfloat16)
-        self.assert_as_close_as_eager(lambda *a: self.function(*a, impl="cpu"), inputs, rounds=True)
+        loss = lambda *a: self.function(*a, impl=impl)  # noqa: E731
+        self.assert_as_close_as_eager(loss, inputs, rounds=True)
 
     @pytest.mark.parametrize(("B", "D"), [(2, 3), (33, 48), (129, 64)])
     def test_tiles_change_nothing(self, loss, monkeypatch, B, D):

@@ -27,11 +27,16 @@ SIZES = [
     (129, 129, 100, 0),
     # Some rows have no own column, or some columns no row.
     (70, 33, 16, 0),
-    (33, 130, 64, 50),
+    # A tile's corner is an own entry, and nothing else of it.
+    (40, 130, 64, 33),
+    (40, 130, 8, 63),
     (130, 33, 64, -60),
     (5, 40, 8, 1000),
     (40, 5, 8, -1000),
 ]
+if not IS_INTERPRETED:
+    # The same corners, for tiles of 128 x 128.
+    SIZES += [(300, 400, 64, 1), (300, 400, 64, 127), (1000, 900, 200, 3)]
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +50,7 @@ def _poisoned_memory():
 
 @pytest.fixture
 def tiny_workspace(monkeypatch):
-    monkeypatch.setenv("MEDFAST_WORKSPACE_MB", "0.02")
+    monkeypatch.setenv("MEDFAST_WORKSPACE_MB", "0.002")
 
 
 class _Spy:
@@ -184,11 +189,28 @@ def test_gradients_of_a_saturated_batch_do_not_vanish(dtype):
     _check_clip(eye, eye, 80.0)
 
 
-@pytest.mark.parametrize("scale", [200.0, -20.0, -110.0])
-def test_clip_loss_of_features_that_are_not_normalised(scale):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_large_gradient_does_not_round_away_the_others(dtype):
+    rows, columns = _features(64, 64, 16, dtype)
+    logits = _logits(rows, columns, 14.3)
+    own, row_lse, column_lse = clip.forward(rows, columns, _scalar(14.3), 0)
+    d_own, d_columns = torch.zeros_like(own), torch.zeros_like(own)
+    d_rows = torch.full_like(own, 1e-5)
+    d_rows[0] = 1
+    upstream = (d_own, d_rows, d_columns)
+    gradient = _gradient_truth(upstream, logits, 0, row_lse, column_lse)[1:]
+    found, _, _ = clip.backward(
+        *upstream, rows, columns, _scalar(14.3), 0, own, row_lse, column_lse, True, False
+    )
+    want = gradient @ columns.double().cpu()
+    _assert_close("d_rows", found[1:], want, 2 * TOLERANCE[dtype] + 1e-5)
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(200.0, 0), (-20.0, 7), (-110.0, -40)])
+def test_clip_loss_of_features_that_are_not_normalised(scale, offset):
     rows, columns = _features(65, 70, 32)
     lengths = torch.linspace(0.1, 9, 70, device=DEVICE).unsqueeze(1)
-    _check_clip(rows * lengths[:65], columns * lengths.flip(0), scale)
+    _check_clip(rows * lengths[:65], columns * lengths.flip(0), scale, offset)
 
 
 def _runs_exact_path(monkeypatch, rows, columns, scale):
@@ -203,6 +225,12 @@ def _runs_exact_path(monkeypatch, rows, columns, scale):
 @pytest.mark.parametrize(("scale", "expected"), [(14.3, False), (100.0, False), (151.0, True)])
 def test_the_exact_path_is_for_large_scales(monkeypatch, scale, expected):
     assert _runs_exact_path(monkeypatch, *_features(65, 65, 32), scale) == (expected, expected)
+
+
+def test_the_shift_holds_the_largest_logits(monkeypatch):
+    rows, _ = _features(65, 65, 32)
+    rows[:] = rows[:1]
+    assert _runs_exact_path(monkeypatch, rows, rows, 100.0) == (False, False)
 
 
 @pytest.mark.parametrize("row", [0, 64])
@@ -307,6 +335,11 @@ def test_siglip_loss_is_exact_for_small_and_large_losses(scale, bias):
     _check_siglip(*_features(65, 65, 32), scale, bias)
 
 
+def test_tiny_siglip_losses_are_not_lost():
+    """Without own entries nothing else is in the sum."""
+    _check_siglip(*_features(65, 65, 32), 5.0, -25.0, offset=1000)
+
+
 def test_siglip_loss_of_pairs_that_match():
     rows, _ = _features(65, 65, 32)
     _check_siglip(rows, rows, 100.0, -50.0)
@@ -391,12 +424,17 @@ def test_a_target_outside_of_the_gallery_ranks_behind_everything():
 
 
 @pytest.mark.parametrize(("M", "N", "D", "offset"), [(129, 129, 100, 0), (200, 70, 16, -90)])
-def test_a_tiny_workspace_changes_nothing_beyond_rounding(tiny_workspace, M, N, D, offset):
+def test_a_tiny_workspace_changes_nothing_beyond_rounding(
+    tiny_workspace, monkeypatch, M, N, D, offset
+):
     rows, columns = _features(M, N, D)
     tile, _ = triton_tiles.launch_parameters(rows)
-    height, _ = triton_tiles.gradient_chunk(rows, columns, tile)
+    height, width = triton_tiles.gradient_chunk(rows, columns, tile)
     assert height < M
+    assert width < N
+    launches = _Spy(monkeypatch, clip, "_clip_loss_lse_kernel").calls
     _check_clip(rows, columns, 14.3, offset)
+    assert len(launches) > 1
     _check_siglip(rows, columns, 10.0, -10.0, offset)
     target = torch.arange(M, device=DEVICE) % N
     want = _ranks_truth(_logits(rows, columns, 1.0), target.cpu())

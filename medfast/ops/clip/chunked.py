@@ -42,8 +42,9 @@ class Passes:
         """
         along_rows = torch.sub(logits, row_lse[:, None]).exp_().mul_(d_rows[:, None])
         along_columns = torch.sub(logits, column_lse).exp_().mul_(d_columns)
-        torch.add(along_rows, along_columns, out=out)
-        return None
+        gradient = along_rows.add_(along_columns)
+        out.copy_(gradient)
+        return tiles.log_scale_total(gradient, logits, out)
 
 
 def forward(

@@ -24,13 +24,15 @@ class Passes:
 
     def negatives(self, logits: Tensor, bias: Tensor, out: Tensor | None) -> Sums:
         """Return the sums for `softplus(l + bias)`; its derivative goes to `out` [R, C]."""
-        logits.add_(bias)
+        shifted = logits + bias
         # -logsigmoid is softplus without the threshold at which torch's softplus turns linear.
-        loss = -F.logsigmoid(-logits).sum(dtype=torch.float64)
-        derivative = logits.sigmoid_()
+        loss = -F.logsigmoid(-shifted).sum(dtype=torch.float64)
+        derivative = shifted.sigmoid_()
+        d_log_scale = None
         if out is not None:
             out.copy_(derivative)
-        return Sums(loss, derivative.sum(dtype=torch.float64), None)
+            d_log_scale = tiles.log_scale_total(derivative, logits, out)
+        return Sums(loss, derivative.sum(dtype=torch.float64), d_log_scale)
 
 
 def forward(
