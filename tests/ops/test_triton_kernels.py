@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -159,6 +160,9 @@ def test_small_kernels_fit(architecture, tmp_path):
 
 
 def test_values_under_the_interpreter(interpreter_run):
+    versions = [tuple(map(int, x.__version__.split(".")[:2])) for x in (triton, np)]
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        pytest.skip("the interpreter of Triton 3.6 needs NumPy below 2.4")
     interpreter_run.wait()
     interpreter_run.stdout.seek(0)
     assert interpreter_run.returncode == 0, interpreter_run.stdout.read()[-8000:]

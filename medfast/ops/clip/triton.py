@@ -49,7 +49,7 @@ _LEAST_GRADIENT = tl.constexpr(2.0**-110)
 _PARTIALS = 16
 _FLAGS = 1024
 # Numbers that the single program of the range kernel loads at a time.
-_VECTOR = 4096
+_VECTOR = 2048
 
 
 def forward(
