@@ -11,23 +11,21 @@ from typing import Any
 
 import pytest
 
-from benchmarks.conditions import has_bf16
 from benchmarks.conftest import Note, Race
+from benchmarks.peers import CPU_HAS_BF16, EMULATED
 from benchmarks.targets import Target
 
 D = 512
-# Without bf16 in hardware these take three times as long as in fp32: too long for the large batch.
-EMULATED = () if has_bf16() else ("*autocast*",)
 # What plain PyTorch in tiles takes; it recomputes, so it never keeps B x B.
 CHUNKED = "medfast torch fp32, recomputing"
-# Half of open_clip's time at the default settings goes into fresh pages for its large buffers. An
+# At the default settings a part of open_clip's time goes into fresh pages for its large buffers. An
 # allocator that keeps its memory is the fairer, if rarer, setting.
 TUNED = "glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=8589934592"
 
 
 def _if_bf16(factor: float) -> list[Target]:
     """Return the target of bf16 features where the processor multiplies them in hardware."""
-    return [Target("medfast cpu bf16", factor, than="open_clip fp32")] if has_bf16() else []
+    return [Target("medfast cpu bf16", factor, than="open_clip fp32")] if CPU_HAS_BF16 else []
 
 
 @pytest.mark.parametrize("B", [256, 512, 1024, 2048, 4096])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.conditions import has_bf16
 from benchmarks.conftest import Race
+from benchmarks.peers import EMULATED
 
 D = 512
-LEFT_OUT = ("*compiled", "medfast torch bf16", *(() if has_bf16() else ("*autocast*",)))
+LEFT_OUT = ("*compiled", "medfast torch bf16", *EMULATED)
 
 
 @pytest.mark.parametrize("B", [512, 2048])

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from medfast.device import has_bf16
+
 _PACKAGES = ("torch", "triton", "open_clip_torch", "medfast")
 
 
@@ -24,7 +26,7 @@ def conditions(device: str = "cpu") -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
-        "bf16_in_hardware": has_bf16(),
+        "bf16_in_hardware": has_bf16(torch.device("cpu")),
         "allocator": allocator(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in _PACKAGES},
@@ -52,12 +54,6 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def has_bf16() -> bool:
-    """Return whether the processor multiplies bf16 in hardware."""
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def allocator() -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.conditions import version
 from benchmarks.ops import OPS, Shape
+from medfast.device import has_bf16
 from medfast.ops import dispatch
 
 # Packages of peers, and the module that each installs.
@@ -31,6 +32,10 @@ PACKAGES = {
     "late-interaction-kernels": "late_interaction_kernels",
 }
 _NEED_A_GPU = PACKAGES.keys() - {"open_clip_torch"}
+
+CPU_HAS_BF16 = has_bf16(torch.device("cpu"))
+# Peers that a CPU without bf16 takes three times as long for as for fp32: too long at large sizes.
+EMULATED = () if CPU_HAS_BF16 else ("*autocast*",)
 
 _TOP = 200
 # Queries scored at a time, and, where all would take too long, in all.

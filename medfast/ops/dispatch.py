@@ -148,13 +148,7 @@ def check_device(op: str, name: str, value: Tensor, features: Tensor) -> None:
 
 def check_ids(op: str, name: str, ids: Tensor, features: Tensor, row: str) -> None:
     """Refuse ids that are not one int64 for each row of the features [N, D]."""
-    must = f"torch.int64 [{len(features)}]"
-    if not isinstance(ids, Tensor):
-        raise argument_error(op, name, must, type(ids), "Pass a tensor.")
-    if ids.dtype != torch.int64 or ids.shape != features.shape[:1]:
-        got = f"{ids.dtype} {list(ids.shape)}"
-        raise argument_error(op, name, must, got, f"Pass one id per {row}.")
-    check_device(op, name, ids, features)
+    _check_labels(op, name, ids, torch.int64, features, f"Pass one id per {row}.")
 
 
 def check_mask(op: str, name: str, mask: Tensor, features: Tensor, row: str, entry: str) -> None:
@@ -168,13 +162,7 @@ def check_mask(op: str, name: str, mask: Tensor, features: Tensor, row: str, ent
         row: What a row is called.
         entry: What an entry of a row is called.
     """
-    shape = list(features.shape[:-1])
-    if not isinstance(mask, Tensor):
-        raise argument_error(op, name, f"torch.bool {shape}", type(mask), "Pass a tensor.")
-    if mask.dtype != torch.bool or list(mask.shape) != shape:
-        got = f"{mask.dtype} {list(mask.shape)}"
-        raise argument_error(op, name, f"torch.bool {shape}", got, "True marks what counts.")
-    check_device(op, name, mask, features)
+    _check_labels(op, name, mask, torch.bool, features, "True marks what counts.")
     # Looking at values would make a GPU wait, and cannot be compiled.
     if mask.device.type == "cpu" and not torch.compiler.is_compiling():
         empty = (~mask.any(1)).nonzero()
@@ -186,6 +174,19 @@ def check_mask(op: str, name: str, mask: Tensor, features: Tensor, row: str, ent
                 f"{row} {empty[0].item()} with no valid {entry}",
                 "Leave it out of the batch.",
             )
+
+
+def _check_labels(
+    op: str, name: str, labels: Tensor, dtype: torch.dtype, features: Tensor, remedy: str
+) -> None:
+    """Refuse labels that are not one of `dtype` for each feature vector, beside the features."""
+    shape = list(features.shape[:-1])
+    must = f"{dtype} {shape}"
+    if not isinstance(labels, Tensor):
+        raise argument_error(op, name, must, type(labels), "Pass a tensor.")
+    if labels.dtype != dtype or list(labels.shape) != shape:
+        raise argument_error(op, name, must, f"{labels.dtype} {list(labels.shape)}", remedy)
+    check_device(op, name, labels, features)
 
 
 def autocast(*features: Tensor) -> tuple[Tensor, ...]:

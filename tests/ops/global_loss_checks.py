@@ -1,6 +1,5 @@
 """What every global loss promises, as tests that the classes of its op inherit."""
 
-import copy
 import itertools
 
 import pytest
@@ -47,6 +46,7 @@ class GlobalLossChecks:
     """A subclass names its op: `name`, `function`, `reference`, `eager`, `scalars`, `bands`."""
 
     name = ""
+    device = "cpu"
     scalars = (14.3,)
     extreme_scalars = ()
     unnormalised_scalars = ()
@@ -73,8 +73,6 @@ class GlobalLossChecks:
     def inputs(self, B, D, dtype=torch.float32, scalars=None):
         more = (torch.tensor(value) for value in scalars or self.scalars)
         return [t.to(self.device) for t in (*unit_features(B, D, dtype), *more)]
-
-    device = "cpu"
 
     def assert_as_close_as_eager(self, fn, inputs, rounds=False):
         """The error against fp64, in norm, is at most twice that of eager in the same dtype.
@@ -311,7 +309,7 @@ class GlobalLossChecks:
         with torch.cuda.graph(graph):
             value = self.function(*inputs)
             found = [value, *torch.autograd.grad(value, inputs)]
-        for output in copy.copy(found):
+        for output in found:
             output.detach().fill_(torch.nan)
         graph.replay()
         torch.cuda.synchronize()
