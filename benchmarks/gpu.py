@@ -106,6 +106,47 @@ CASES = (
         (Target("medfast *", 3.0, "chunked topk(200) fp32, twice"),),
     ),
     Case("cyclip_loss", (16384, 512), 10),
+    # B, P, T, mean number of words, D.
+    Case(
+        "local_alignment_loss",
+        (256, 196, 77, 77, 512),
+        15,
+        (Target("medfast * bf16", 12e-3),),
+        {"only": ("medfast * bf16",)},
+    ),
+    Case("local_alignment_loss", (256, 196, 77, 30, 512), 10, (), {"only": _OWN}),
+    Case(
+        "local_alignment_loss",
+        (1024, 196, 77, 77, 512),
+        40,
+        (Target("medfast * bf16", 170e-3), Target("medfast * bf16", 2e9, key="peak_bytes")),
+        {"only": _OWN},
+    ),
+    Case(
+        "filip_loss",
+        (1024, 196, 77, 77, 512),
+        40,
+        (Target("medfast * bf16", 100e-3), Target("medfast * bf16", 1e9, key="peak_bytes")),
+        {"only": (*_OWN, "late-interaction-kernels bf16")},
+    ),
+    Case(
+        "filip_loss",
+        (128, 1024, 1024, 1024, 512),
+        30,
+        (
+            Target("medfast * bf16", 35e-3),
+            Target("medfast * bf16", 1.0, than="flash-maxsim bf16"),
+            Target("medfast * bf16", 1.0, than="late-interaction-kernels bf16"),
+        ),
+        {"only": (*_OWN, "*-* bf16"), "passes": "forward"},
+    ),
+    Case(
+        "sparc_loss",
+        (256, 196, 77, 77, 512),
+        10,
+        (Target("medfast * bf16", 2.0, than="eager autocast bf16"),),
+        {"only": (*_OWN, "eager*"), "without": ("*compiled",)},
+    ),
 )
 _SMALL_B, _SMALL_D = 96, 64
 
@@ -140,6 +181,8 @@ def run_checks(device: str, budget: Budget, small: bool) -> Iterator[dict[str, A
 def _subjects(check: Check, device: str) -> Iterator[Subject]:
     for name, op in OPS.items():
         if check.needs_gradient and not op.has_gradient:
+            continue
+        if check.needs_pairs and not op.scores_pairs:
             continue
         for impl in dispatch.IMPLEMENTATIONS[op.table]:
             for dtype in check.dtypes if impl != "reference" else ():
@@ -192,7 +235,8 @@ def run_cases(device: str, budget: Budget, small: bool) -> Iterator[dict[str, An
         }
         if reason is None:
             if small:
-                shape = (*(min(size, _SMALL_B) for size in shape[:-1]), _SMALL_D)
+                few = min(_SMALL_B, OPS[case.op].few)
+                shape = (min(shape[0], few), *(min(x, _SMALL_B) for x in shape[1:-1]), _SMALL_D)
                 options |= {"seconds": 0.1, "without": ("*compiled",), "with_memory": False}
             try:
                 comparison = compare(case.op, shape, device=device, **options)

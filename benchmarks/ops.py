@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medfast import ops
+from medfast.ops.filip import reference as filip
+from medfast.ops.local_alignment import reference as local_alignment
+from medfast.ops.sparc import reference as sparc
 
 Shape = tuple[int, ...]
 # (m, k, n): a product of [m, k] and [k, n].
@@ -25,6 +28,8 @@ SCALE = 14.3
 BIAS = -10.0
 # Entries of a tile of the fp64 truths: 0.5 GB.
 _TILE = 2**26
+# Entries of the contexts of all pairs that the definition of a local loss may keep.
+_MOST_LITERAL = 2**30
 # Ranks of as many queries are compared with the truth; all of a large gallery would take minutes.
 _QUERIES = 2048
 # So alike are a query and its target that some ranks are 0 and some are in the hundreds.
@@ -46,7 +51,11 @@ class Op:
         products: Returns the products of "forward" and "backward" that no way around is known for.
         table: The op's key in `dispatch.IMPLEMENTATIONS`.
         noise: What rounding leaves of a result that is 0 by definition.
+        branches: What rounding may add to a gradient's error where it decides between two ways.
         has_gradient: Whether there is a backward.
+        scores_pairs: Whether the features are a pair's two global ones, and all pairs are scored.
+        sizes: Returns a shape from (B, D), for checks at many sizes.
+        few: The most of the first size for a small run.
     """
 
     inputs: Callable[[Shape, torch.Generator], tuple[Tensor, ...]]
@@ -56,7 +65,11 @@ class Op:
     products: Callable[[Shape], dict[str, Products]]
     table: str
     noise: float = 0.0
+    branches: float = 0.0
     has_gradient: bool = True
+    scores_pairs: bool = False
+    sizes: Callable[[int, int], Shape] = lambda B, D: (B, D)
+    few: int = 129
 
 
 def pairs(
@@ -77,8 +90,13 @@ def evaluate(function: Callable[..., Any], arguments: tuple[Tensor, ...]) -> lis
     ]
     found = function(*leaves)
     if isinstance(found, Tensor) and found.requires_grad:
-        return [found.detach(), *torch.autograd.grad(found, leaves)]
+        return [found.detach(), *torch.autograd.grad(found, with_gradient(leaves))]
     return list(found) if isinstance(found, tuple) else [found]
+
+
+def with_gradient(arguments: Sequence[Tensor]) -> list[Tensor]:
+    """Return the arguments that a gradient is wanted of: masks and numbers have none."""
+    return [argument for argument in arguments if argument.requires_grad]
 
 
 def errors(op: Op, found: list[Tensor], truth: list[Tensor]) -> dict[str, float]:
@@ -87,9 +105,10 @@ def errors(op: Op, found: list[Tensor], truth: list[Tensor]) -> dict[str, float]
     That is the norm of the difference over the norm of the truth; for ranks the share of queries
     whose rank no rounding explains.
     """
+    assert len(found) == len(truth)
     error = _relative_error if op.has_gradient else _share_outside
     return {
-        name: error(got, want) for name, got, want in zip(op.results, found, truth, strict=True)
+        name: error(got, want) for name, got, want in zip(op.results, found, truth, strict=False)
     }
 
 
@@ -188,6 +207,74 @@ def paired_rank_truth(query: Tensor, gallery: Tensor) -> list[Tensor]:
     return rank_truth(query, gallery, own) + rank_truth(gallery, query, own)
 
 
+def token_truth(function: Callable[..., Tensor], definition: Callable[..., Tensor]) -> Any:
+    """Return what computes a local loss and its gradients in fp64.
+
+    The definition keeps everything; where that is too much, the tiled PyTorch form in fp64 stands
+    for it, which the tests hold to the definition.
+    """
+
+    def truth(*arguments: Tensor) -> list[Tensor]:
+        arguments = tuple(x.double() if x.is_floating_point() else x for x in arguments)
+        (B, P, D), T = arguments[0].shape, arguments[1].shape[1]
+        if B * B * T * P * D <= _MOST_LITERAL:
+            return evaluate(definition, arguments)
+        return evaluate(lambda *a: function(*a, impl="torch"), arguments)
+
+    return truth
+
+
+def _token_inputs(
+    shape: Shape, generator: torch.Generator, unit: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return patches, tokens and mask for (B, P, T, mean number of words, D).
+
+    The captions are from 1 to T words long; each word is faintly alike to a patch of its image.
+    """
+    B, P, T, mean, D = shape
+    device = generator.device
+    patches, tokens = (
+        torch.randn(B, count, D, generator=generator, device=device) for count in (P, T)
+    )
+    seen = torch.randint(P, (B, T, 1), generator=generator, device=device).expand(B, T, D)
+    tokens = _FAINT * patches.gather(1, seen) + (1 - _FAINT) * tokens
+    # Uniform around the mean, as far as 1 and T allow.
+    reach = min(mean - 1, T - mean)
+    lengths = torch.randint(
+        mean - reach, mean + reach + 1, (B, 1), generator=generator, device=device
+    )
+    mask = torch.arange(T, device=device) < lengths
+    if unit:
+        return F.normalize(patches, dim=-1), F.normalize(tokens, dim=-1), mask
+    # As projected features are: similarities of a few units.
+    return patches * D**-0.25, tokens * D**-0.25, mask
+
+
+def _with_scale(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return *inputs, inputs[0].new_tensor(SCALE)
+
+
+def _token_sizes(B: int, D: int) -> Shape:
+    """Return odd numbers of patches and words, few pairs and short captions."""
+    T = 1 + B % 77
+    return (min(B, 40), 1 + B % 197, T, (T + 1) // 2, D)
+
+
+def _local_alignment_products(shape: Shape) -> dict[str, Products]:
+    B, P, _, mean, D = shape
+    words = B * mean
+    similarity, mixed = [(words, D, B * P)], [(words, P, P)] * B
+    gradients = [(words, B * P, D), (B * P, words, D), *[(P, words, P)] * B]
+    return {"forward": similarity + mixed, "backward": similarity + mixed + gradients}
+
+
+def _sparc_products(shape: Shape) -> dict[str, Products]:
+    B, P, _, n, D = shape
+    forward = [(n, D, P), (n, P, D), (n, D, n)]
+    backward = [(n, n, D), (n, n, D), (n, D, P), (n, P, D), (P, 2 * n, D)]
+    return {"forward": forward * B, "backward": backward * B}
+
+
 def _parts(rows: int, columns: int) -> Iterator[slice]:
     size = max(1, _TILE // columns)
     for start in range(0, rows, size):
@@ -248,6 +335,7 @@ OPS = {
         # The softmax needs its sums before any gradient: the logits come twice.
         products=functools.partial(_loss_products, again=1),
         table="clip_loss",
+        scores_pairs=True,
     ),
     "siglip_loss": Op(
         inputs=_siglip_inputs,
@@ -257,6 +345,7 @@ OPS = {
         # A logit's gradient needs that logit alone: the forward can go on to all gradients.
         products=functools.partial(_loss_products, again=0),
         table="siglip_loss",
+        scores_pairs=True,
     ),
     "cyclip_loss": Op(
         inputs=pairs,
@@ -267,6 +356,45 @@ OPS = {
         table="cyclip_loss",
         # A pair alone is consistent with itself.
         noise=1e-7,
+        scores_pairs=True,
+    ),
+    "local_alignment_loss": Op(
+        inputs=lambda shape, generator: _token_inputs(shape, generator, unit=False),
+        call=lambda *arguments, impl: ops.local_alignment_loss(*arguments, impl=impl),
+        results=("loss", "d_patches", "d_tokens"),
+        truth=token_truth(ops.local_alignment_loss, local_alignment.local_alignment_loss),
+        products=_local_alignment_products,
+        table="local_alignment_loss",
+        sizes=_token_sizes,
+        few=9,
+    ),
+    "filip_loss": Op(
+        inputs=lambda shape, generator: _with_scale(_token_inputs(shape, generator, unit=True)),
+        call=lambda *arguments, impl: ops.filip_loss(*arguments, impl=impl),
+        results=("loss", "d_patches", "d_tokens", "d_scale"),
+        truth=token_truth(ops.filip_loss, filip.filip_loss),
+        # The backward adds the one feature that each maximum came from: no product is needed.
+        products=lambda shape: {
+            "forward": [(shape[0] * shape[3], shape[4], shape[0] * shape[1])],
+            "backward": [],
+        },
+        table="filip_loss",
+        # Two parts may be equally good to within rounding; the gradient goes to one of them.
+        branches=5e-3,
+        sizes=_token_sizes,
+        few=9,
+    ),
+    "sparc_loss": Op(
+        inputs=lambda shape, generator: _with_scale(_token_inputs(shape, generator, unit=False)),
+        call=lambda *arguments, impl: ops.sparc_loss(*arguments, impl=impl),
+        results=("loss", "d_patches", "d_tokens", "d_scale"),
+        truth=token_truth(ops.sparc_loss, sparc.sparc_loss),
+        products=_sparc_products,
+        table="sparc_loss",
+        # A share may be at the threshold to within rounding.
+        branches=5e-3,
+        sizes=_token_sizes,
+        few=9,
     ),
     "retrieval_rank": Op(
         inputs=_rank_inputs,
@@ -276,6 +404,7 @@ OPS = {
         products=lambda shape: {"forward": [(shape[0], shape[2], shape[1])]},
         table="retrieval_rank",
         has_gradient=False,
+        sizes=lambda B, D: (B, B + 3, D),
     ),
     "paired_ranks": Op(
         inputs=lambda shape, generator: pairs(shape, generator, _FAINT),

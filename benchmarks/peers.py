@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.conditions import version
 from benchmarks.ops import OPS, Shape
 from medfast.device import has_bf16
 from medfast.ops import dispatch
+from medfast.ops.sparc import reference as sparc
 
 # Packages of peers, and the module that each installs.
 PACKAGES = {
@@ -203,10 +205,74 @@ def _paired_peers(shape: Shape, device: str) -> list[Variant]:
     return [Variant(f"chunked topk({_TOP}) fp32, twice", topk_both_ways, share=some / shape[0])]
 
 
+def _local_alignment_peers(shape: Shape, device: str) -> list[Variant]:
+    def loop(patches: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """As published: one caption at a time, its own words against all images."""
+        scores = []
+        for caption, length in enumerate(mask.sum(1).tolist()):
+            words = tokens[caption, :length].expand(len(patches), -1, -1)
+            attention = (4.0 * torch.bmm(words, patches.mT).softmax(1)).softmax(2)
+            contexts = torch.bmm(attention, patches)
+            cosines = F.cosine_similarity(words, contexts, dim=2)
+            scores.append((5.0 * cosines).exp().sum(1).log())
+        logits = 10.0 * torch.stack(scores, 1)
+        own = torch.arange(len(patches), device=patches.device)
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+    return _eager_and_autocast("published loop", loop, device)
+
+
+def _filip_peers(shape: Shape, device: str) -> list[Variant]:
+    def loss(by_patch: Tensor, by_word: Tensor, scale: Tensor) -> Tensor:
+        own = torch.arange(len(by_patch), device=by_patch.device)
+        return (F.cross_entropy(scale * by_patch, own) + F.cross_entropy(scale * by_word, own)) / 2
+
+    def eager(patches: Tensor, tokens: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
+        (B, P, D), T = patches.shape, tokens.shape[1]
+        products = tokens.reshape(B * T, D) @ patches.reshape(B * P, D).T
+        products = products.view(B, T, B, P)
+        by_word = (products.max(3).values * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        if not mask.all():
+            products = products.masked_fill(~mask[:, :, None, None], -torch.inf)
+        return loss(products.max(1).values.mean(2).T, by_word, scale)
+
+    def flash_maxsim(patches: Tensor, tokens: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
+        from flash_maxsim import flash_maxsim_batched
+
+        n = mask.sum(1, dtype=torch.int32)
+        with torch.no_grad():
+            by_patch = flash_maxsim_batched(patches, tokens, doc_lengths=n) / patches.shape[1]
+            by_word = flash_maxsim_batched(tokens, patches, query_lengths=n) / n[:, None]
+            return loss(by_patch, by_word, scale)
+
+    def late_interaction(patches: Tensor, tokens: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
+        from late_interaction_kernels import maxsim
+
+        by_patch = maxsim(patches, tokens, d_mask=mask) / patches.shape[1]
+        by_word = maxsim(tokens, patches, q_mask=mask) / mask.sum(1, keepdim=True)
+        return loss(by_patch, by_word, scale)
+
+    kernels = {"flash-maxsim": flash_maxsim, "late-interaction-kernels": late_interaction}
+    return [
+        *_eager_and_autocast("eager", eager, device),
+        *(
+            Variant(f"{package} bf16", function, torch.bfloat16, skip=why_not(package, device))
+            for package, function in kernels.items()
+        ),
+    ]
+
+
+def _sparc_peers(shape: Shape, device: str) -> list[Variant]:
+    return _eager_and_autocast("eager", sparc.sparc_loss, device)
+
+
 _PEERS: dict[str, Callable[[Shape, str], list[Variant]]] = {
     "clip_loss": _clip_peers,
     "siglip_loss": _siglip_peers,
     "cyclip_loss": _cyclip_peers,
+    "local_alignment_loss": _local_alignment_peers,
+    "filip_loss": _filip_peers,
+    "sparc_loss": _sparc_peers,
     "retrieval_rank": _rank_peers,
     "paired_ranks": _paired_peers,
 }
@@ -224,20 +290,26 @@ def topk_ranks(query: Tensor, gallery: Tensor, target: Tensor) -> Tensor:
 
 
 def _eager(name: str, function: Callable[..., Tensor], device: str) -> list[Variant]:
-    """Return a function as it is, under autocast, and both compiled."""
+    """Return a function of open_clip's as it is, under autocast, and both compiled."""
     skip = why_not("open_clip_torch", device)
+    eager = _eager_and_autocast(name, function, device, skip)
+    compiled = (
+        Variant(f"{v.name}, compiled", _compiled(v.function), compiles=True, skip=skip)
+        for v in eager
+    )
+    return [*eager, *compiled]
 
+
+def _eager_and_autocast(
+    name: str, function: Callable[..., Tensor], device: str, skip: str | None = None
+) -> list[Variant]:
     def autocast(*arguments: Tensor) -> Tensor:
         with torch.autocast(device, torch.bfloat16):
             return function(*arguments)
 
-    eager = [(f"{name} fp32", function), (f"{name} autocast bf16", autocast)]
     return [
-        *(Variant(title, call, skip=skip) for title, call in eager),
-        *(
-            Variant(f"{title}, compiled", _compiled(call), compiles=True, skip=skip)
-            for title, call in eager
-        ),
+        Variant(f"{name} fp32", function, skip=skip),
+        Variant(f"{name} autocast bf16", autocast, skip=skip),
     ]
 
 

@@ -9,9 +9,12 @@
 
 #include "cpu/bf16.h"
 #include "cpu/clip_loss.h"
+#include "cpu/filip_loss.h"
 #include "cpu/instruction_set.h"
+#include "cpu/local_alignment_loss.h"
 #include "cpu/retrieval_rank.h"
 #include "cpu/siglip_loss.h"
+#include "cpu/sparc_loss.h"
 
 namespace py = pybind11;
 
@@ -21,6 +24,19 @@ namespace {
 template <class T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// Calls `pass` with the two addresses as pointers to integers of so many bytes.
+template <class Pass>
+void with_index(int bytes, uintptr_t a, uintptr_t b, const Pass& pass) {
+  if (bytes == 1) return pass(at<uint8_t>(a), at<uint8_t>(b));
+  if (bytes == 2) return pass(at<int16_t>(a), at<int16_t>(b));
+  pass(at<int32_t>(a), at<int32_t>(b));
+}
+
+medfast::TokenTile token_tile(uintptr_t starts, int64_t captions, int64_t images,
+                              int64_t patches) {
+  return {at<int64_t>(starts), captions, images, patches};
 }
 
 }  // namespace
@@ -90,4 +106,147 @@ PYBIND11_MODULE(_C, m) {
       py::arg("scores"), py::arg("stride"), py::arg("rows"), py::arg("columns"),
       py::arg("row_thresholds"), py::arg("column_thresholds"), py::arg("row_counts"),
       py::arg("column_counts"), no_gil);
+  m.def(
+      "local_alignment_attend",
+      [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches,
+         uintptr_t similarity, uintptr_t patch_mask, float temperature, uintptr_t over_words,
+         uintptr_t attention, bool is_bf16) {
+        const auto pass = [&](auto* out) {
+          medfast::local_alignment_attend(token_tile(starts, captions, images, patches),
+                                          at<float>(similarity), at<float>(patch_mask),
+                                          temperature, at<float>(over_words), out);
+        };
+        is_bf16 ? pass(at<medfast::bf16>(attention)) : pass(at<float>(attention));
+      },
+      py::arg("starts"), py::arg("captions"), py::arg("images"), py::arg("patches"),
+      py::arg("similarity"), py::arg("patch_mask"), py::arg("temperature"), py::arg("over_words"),
+      py::arg("attention"), py::arg("is_bf16"), no_gil);
+  m.def(
+      "local_alignment_scores",
+      [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches,
+         uintptr_t similarity, uintptr_t attention, uintptr_t mixed, uintptr_t norms,
+         float temperature, float min_norm, uintptr_t scores, bool is_bf16) {
+        const auto pass = [&](const auto* weights) {
+          medfast::local_alignment_scores(token_tile(starts, captions, images, patches),
+                                          at<float>(similarity), weights, at<float>(mixed),
+                                          at<float>(norms), temperature, min_norm,
+                                          at<float>(scores));
+        };
+        is_bf16 ? pass(at<medfast::bf16>(attention)) : pass(at<float>(attention));
+      },
+      py::arg("starts"), py::arg("captions"), py::arg("images"), py::arg("patches"),
+      py::arg("similarity"), py::arg("attention"), py::arg("mixed"), py::arg("norms"),
+      py::arg("temperature"), py::arg("min_norm"), py::arg("scores"), py::arg("is_bf16"), no_gil);
+  m.def(
+      "local_alignment_gradient",
+      [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches,
+         uintptr_t similarity, uintptr_t over_words, uintptr_t attention, uintptr_t mixed,
+         uintptr_t norms, uintptr_t scores, uintptr_t d_scores, float temp_attention,
+         float temp_words, float min_norm, uintptr_t d_similarity, uintptr_t weighted,
+         uintptr_t d_norms, bool is_bf16) {
+        const auto pass = [&](const auto* weights, auto* d_similar, auto* weighted_out) {
+          return medfast::local_alignment_gradient(
+              token_tile(starts, captions, images, patches), at<float>(similarity),
+              at<float>(over_words), weights, at<float>(mixed), at<float>(norms),
+              at<float>(scores), at<float>(d_scores), temp_attention, temp_words, min_norm,
+              d_similar, weighted_out, at<float>(d_norms));
+        };
+        using medfast::bf16;
+        const medfast::TemperatureGradients found =
+            is_bf16 ? pass(at<bf16>(attention), at<bf16>(d_similarity), at<bf16>(weighted))
+                    : pass(at<float>(attention), at<float>(d_similarity), at<float>(weighted));
+        return std::tuple(found.attention, found.words);
+      },
+      py::arg("starts"), py::arg("captions"), py::arg("images"), py::arg("patches"),
+      py::arg("similarity"), py::arg("over_words"), py::arg("attention"), py::arg("mixed"),
+      py::arg("norms"), py::arg("scores"), py::arg("d_scores"), py::arg("temp_attention"),
+      py::arg("temp_words"), py::arg("min_norm"), py::arg("d_similarity"), py::arg("weighted"),
+      py::arg("d_norms"), py::arg("is_bf16"), no_gil);
+  m.def(
+      "filip_loss_maxima",
+      [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches,
+         uintptr_t similarity, uintptr_t shares, uintptr_t ids, int64_t all_captions,
+         int64_t all_images, int64_t first_image, int64_t all_words, uintptr_t image_to_text,
+         uintptr_t text_to_image, uintptr_t best_patch, uintptr_t best_word, int index_bytes) {
+        const medfast::FilipScores scores{at<int64_t>(ids),         all_captions, all_images,
+                                          first_image,              all_words,
+                                          at<float>(image_to_text), at<float>(text_to_image)};
+        with_index(index_bytes, best_patch, best_word, [&](auto* of_words, auto* of_patches) {
+          medfast::filip_loss_maxima(token_tile(starts, captions, images, patches),
+                                     at<float>(similarity), at<float>(shares), scores, of_words,
+                                     of_patches);
+        });
+      },
+      py::arg("starts"), py::arg("captions"), py::arg("images"), py::arg("patches"),
+      py::arg("similarity"), py::arg("shares"), py::arg("ids"), py::arg("all_captions"),
+      py::arg("all_images"), py::arg("first_image"), py::arg("all_words"),
+      py::arg("image_to_text"), py::arg("text_to_image"), py::arg("best_patch"),
+      py::arg("best_word"), py::arg("index_bytes"), no_gil);
+  m.def(
+      "filip_loss_gradient",
+      [](uintptr_t starts, uintptr_t ids, int64_t captions, int64_t images, int64_t patches,
+         int64_t all_words, int64_t width, uintptr_t word_features, uintptr_t patch_features,
+         bool is_bf16, uintptr_t shares, uintptr_t d_image_to_text, uintptr_t d_text_to_image,
+         uintptr_t best_patch, uintptr_t best_word, int index_bytes, uintptr_t d_words,
+         uintptr_t d_patches) {
+        const medfast::FilipFeatures sizes{at<int64_t>(starts), at<int64_t>(ids), captions,
+                                           images,              patches,          all_words,
+                                           width};
+        with_index(index_bytes, best_patch, best_word, [&](auto* of_words, auto* of_patches) {
+          const auto pass = [&](const auto* words, const auto* other) {
+            medfast::filip_loss_gradient(sizes, words, other, at<float>(shares),
+                                         at<float>(d_image_to_text), at<float>(d_text_to_image),
+                                         of_words, of_patches, at<float>(d_words),
+                                         at<float>(d_patches));
+          };
+          using medfast::bf16;
+          is_bf16 ? pass(at<bf16>(word_features), at<bf16>(patch_features))
+                  : pass(at<float>(word_features), at<float>(patch_features));
+        });
+      },
+      py::arg("starts"), py::arg("ids"), py::arg("captions"), py::arg("images"),
+      py::arg("patches"), py::arg("all_words"), py::arg("width"), py::arg("word_features"),
+      py::arg("patch_features"), py::arg("is_bf16"), py::arg("shares"),
+      py::arg("d_image_to_text"), py::arg("d_text_to_image"), py::arg("best_patch"),
+      py::arg("best_word"), py::arg("index_bytes"), py::arg("d_words"), py::arg("d_patches"),
+      no_gil);
+  m.def(
+      "sparc_loss_align",
+      [](uintptr_t similarity, uintptr_t mask, int64_t words, int64_t patches, float least,
+         float constant, uintptr_t weights) {
+        medfast::sparc_loss_align(at<float>(similarity), at<float>(mask), words, patches, least,
+                                  constant, at<float>(weights));
+      },
+      py::arg("similarity"), py::arg("mask"), py::arg("words"), py::arg("patches"),
+      py::arg("least"), py::arg("constant"), py::arg("weights"), no_gil);
+  m.def(
+      "sparc_loss_align_gradient",
+      [](uintptr_t similarity, uintptr_t mask, int64_t words, int64_t patches, float least,
+         float constant, uintptr_t gradient) {
+        medfast::sparc_loss_align_gradient(at<float>(similarity), at<float>(mask), words, patches,
+                                           least, constant, at<float>(gradient));
+      },
+      py::arg("similarity"), py::arg("mask"), py::arg("words"), py::arg("patches"),
+      py::arg("least"), py::arg("constant"), py::arg("gradient"), no_gil);
+  m.def(
+      "sparc_loss_contrast",
+      [](uintptr_t contexts, uintptr_t words, int64_t pairs, int64_t count, int64_t width,
+         float scale, float weight, float min_norm, uintptr_t products,
+         uintptr_t through_contexts, uintptr_t through_words) {
+        const medfast::SparcSums sums = medfast::sparc_loss_contrast(
+            at<float>(contexts), at<float>(words), pairs, count, width, scale, weight, min_norm,
+            at<float>(products), at<float>(through_contexts), at<float>(through_words));
+        return std::tuple(sums.loss, sums.d_scale);
+      },
+      py::arg("contexts"), py::arg("words"), py::arg("pairs"), py::arg("count"), py::arg("width"),
+      py::arg("scale"), py::arg("weight"), py::arg("min_norm"), py::arg("products"),
+      py::arg("through_contexts"), py::arg("through_words"), no_gil);
+  m.def(
+      "sparc_loss_add_rows",
+      [](uintptr_t rows, uintptr_t factors, int64_t count, int64_t width, uintptr_t out) {
+        medfast::sparc_loss_add_rows(at<float>(rows), at<float>(factors), count, width,
+                                     at<float>(out));
+      },
+      py::arg("rows"), py::arg("factors"), py::arg("count"), py::arg("width"), py::arg("out"),
+      no_gil);
 }

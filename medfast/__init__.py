@@ -6,10 +6,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from medfast.losses import ClipLoss, CyclipLoss, LocalAlignmentLoss, SigLipLoss
+    from medfast.losses import (
+        ClipLoss,
+        CyclipLoss,
+        FilipLoss,
+        LocalAlignmentLoss,
+        SigLipLoss,
+        SparcLoss,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["ClipLoss", "CyclipLoss", "LocalAlignmentLoss", "SigLipLoss", "__version__"]
+__all__ = [
+    "ClipLoss",
+    "CyclipLoss",
+    "FilipLoss",
+    "LocalAlignmentLoss",
+    "SigLipLoss",
+    "SparcLoss",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from medfast import ops
 from medfast.errors import unknown_name
-from medfast.ops import clip_loss, cyclip_loss, local_alignment_loss, siglip_loss
 
 # What open_clip's SigLipLoss takes as `dist_impl`.
 _EXCHANGES = ("bidir", "shift", "reduce", "gather")
@@ -91,7 +91,7 @@ class ClipLoss(nn.Module):
             output_dict: Return {"contrastive_loss": loss}.
             positives: Group ids, int64 [B].
         """
-        loss = clip_loss(
+        loss = ops.clip_loss(
             image_features, text_features, logit_scale, positives=positives, impl=self.impl
         )
         if isinstance(logit_bias, Tensor):
@@ -177,7 +177,7 @@ class SigLipLoss(nn.Module):
             output_dict: Return {"contrastive_loss": loss}.
         """
         bias = 0.0 if logit_bias is None else logit_bias
-        loss = siglip_loss(image_features, text_features, logit_scale, bias, impl=self.impl)
+        loss = ops.siglip_loss(image_features, text_features, logit_scale, bias, impl=self.impl)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -194,14 +194,15 @@ class CyclipLoss(nn.Module):
 
     def forward(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         """Return the cross-modal and the in-modal term, without weights, of features [B, D]."""
-        return cyclip_loss(image_features, text_features, impl=self.impl)
+        return ops.cyclip_loss(image_features, text_features, impl=self.impl)
 
 
 class LocalAlignmentLoss(nn.Module):
     """Contrastive loss of words and patches (GLoRIA); see `medfast.ops.local_alignment_loss`.
 
     Args:
-        temp_attention: Sharpness of the attention of words over patches.
+        temp_attention: Sharpness of the attention of words over patches, a number or a tensor of
+            one element; an `nn.Parameter` is learned. So are the others.
         temp_words: Sharpness of the sum over words.
         temp_pairs: Sharpness of the cross-entropy over pairs.
         impl: Implementation.
@@ -209,9 +210,9 @@ class LocalAlignmentLoss(nn.Module):
 
     def __init__(
         self,
-        temp_attention: float = 4.0,
-        temp_words: float = 5.0,
-        temp_pairs: float = 10.0,
+        temp_attention: float | Tensor = 4.0,
+        temp_words: float | Tensor = 5.0,
+        temp_pairs: float | Tensor = 10.0,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -228,7 +229,7 @@ class LocalAlignmentLoss(nn.Module):
         patch_mask: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of patches [B, P, D] and tokens [B, T, D] with their bool masks."""
-        return local_alignment_loss(
+        return ops.local_alignment_loss(
             patches,
             tokens,
             token_mask,
@@ -236,6 +237,64 @@ class LocalAlignmentLoss(nn.Module):
             temp_attention=self.temp_attention,
             temp_words=self.temp_words,
             temp_pairs=self.temp_pairs,
+            impl=self.impl,
+        )
+
+
+class FilipLoss(nn.Module):
+    """Contrastive loss of patches' and words' best matches; see `medfast.ops.filip_loss`.
+
+    Args:
+        impl: Implementation.
+    """
+
+    def __init__(self, impl: str = "auto") -> None:
+        super().__init__()
+        self.impl = impl
+
+    def forward(
+        self,
+        patches: Tensor,
+        tokens: Tensor,
+        token_mask: Tensor,
+        logit_scale: float | Tensor,
+        patch_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss of unit patches [B, P, D] and tokens [B, T, D] with their bool masks."""
+        return ops.filip_loss(
+            patches, tokens, token_mask, logit_scale, patch_mask=patch_mask, impl=self.impl
+        )
+
+
+class SparcLoss(nn.Module):
+    """Loss of words against what they see in their own image; see `medfast.ops.sparc_loss`.
+
+    Args:
+        threshold: Least weight of a patch that counts; None is one over the number of patches.
+        impl: Implementation.
+    """
+
+    def __init__(self, threshold: float | None = None, impl: str = "auto") -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.impl = impl
+
+    def forward(
+        self,
+        patches: Tensor,
+        tokens: Tensor,
+        token_mask: Tensor,
+        logit_scale: float | Tensor,
+        patch_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss of patches [B, P, D] and tokens [B, T, D] with their bool masks."""
+        return ops.sparc_loss(
+            patches,
+            tokens,
+            token_mask,
+            logit_scale,
+            patch_mask=patch_mask,
+            threshold=self.threshold,
             impl=self.impl,
         )
 

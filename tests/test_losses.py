@@ -2,8 +2,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medfast import ClipLoss, CyclipLoss, LocalAlignmentLoss, SigLipLoss
-from medfast.ops import clip_loss, cyclip_loss, local_alignment_loss, siglip_loss
+from medfast import (
+    ClipLoss,
+    CyclipLoss,
+    FilipLoss,
+    LocalAlignmentLoss,
+    SigLipLoss,
+    SparcLoss,
+)
+from medfast.ops import (
+    clip_loss,
+    cyclip_loss,
+    filip_loss,
+    local_alignment_loss,
+    siglip_loss,
+    sparc_loss,
+)
 
 
 @pytest.fixture
@@ -80,11 +94,78 @@ def test_the_implementation_reaches_the_op(features, loss, more):
         loss(impl="tritn")(*features, *more)
 
 
-def test_local_alignment_loss_is_the_op():
+@pytest.fixture
+def tokens():
+    """Patches, words and both masks."""
     torch.manual_seed(0)
-    patches, tokens = torch.randn(3, 4, 8), torch.randn(3, 5, 8)
-    mask = torch.arange(5).expand(3, 5) < 4
+    patches, words = torch.randn(3, 4, 8), torch.randn(3, 5, 8)
+    return patches, words, torch.arange(5).expand(3, 5) < 4, torch.arange(4).expand(3, 4) < 3
+
+
+def test_local_alignment_loss_is_the_op(tokens):
+    *inputs, patch_mask = tokens
     torch.testing.assert_close(
-        LocalAlignmentLoss(temp_pairs=7.0)(patches, tokens, mask),
-        local_alignment_loss(patches, tokens, mask, temp_pairs=7.0),
+        LocalAlignmentLoss(temp_pairs=7.0)(*inputs, patch_mask),
+        local_alignment_loss(*inputs, patch_mask=patch_mask, temp_pairs=7.0),
     )
+
+
+def test_temperatures_can_be_learned(tokens):
+    temperatures = {
+        f"temp_{name}": torch.nn.Parameter(torch.tensor(start))
+        for name, start in (("attention", 4.0), ("words", 5.0), ("pairs", 10.0))
+    }
+    loss = LocalAlignmentLoss(**temperatures)
+    assert dict(loss.named_parameters()) == temperatures
+    loss(*tokens).backward()
+    assert all(t.grad.abs() > 0 for t in temperatures.values())
+
+
+def test_filip_loss_is_the_op(tokens):
+    *inputs, patch_mask = tokens
+    torch.testing.assert_close(
+        FilipLoss()(*inputs, 14.3, patch_mask), filip_loss(*inputs, 14.3, patch_mask=patch_mask)
+    )
+
+
+def test_sparc_loss_is_the_op(tokens):
+    *inputs, patch_mask = tokens
+    torch.testing.assert_close(
+        SparcLoss(threshold=0.5)(*inputs, 14.3, patch_mask),
+        sparc_loss(*inputs, 14.3, patch_mask=patch_mask, threshold=0.5),
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss", "more"), [(LocalAlignmentLoss, ()), (FilipLoss, (1.0,)), (SparcLoss, (1.0,))]
+)
+def test_the_implementation_reaches_the_local_op(tokens, loss, more):
+    with pytest.raises(ValueError, match="impl 'tritn' is not known"):
+        loss(impl="tritn")(*tokens[:3], *more)
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
+def test_local_losses_train_any_model_with_tokens(impl):
+    """Two linear heads on plain tensors of patches and words, no other part of medfast."""
+    torch.manual_seed(0)
+    seen = torch.randn(8, 6, 12)
+    said = seen[:, :4] @ torch.randn(12, 10)  # word t is about patch t
+    mask = torch.ones(8, 4, dtype=torch.bool)
+    heads = torch.nn.ModuleList([torch.nn.Linear(12, 16), torch.nn.Linear(10, 16)])
+    losses = (LocalAlignmentLoss(impl=impl), FilipLoss(impl), SparcLoss(impl=impl))
+    optimizer = torch.optim.Adam(heads.parameters(), lr=1e-2)
+    history = []
+    for _ in range(60):
+        patches, words = heads[0](seen), heads[1](said)
+        units = F.normalize(patches, dim=-1), F.normalize(words, dim=-1)
+        terms = (
+            losses[0](patches, words, mask),
+            losses[1](*units, mask, 14.3),
+            losses[2](patches, words, mask, 14.3),
+        )
+        history.append([term.item() for term in terms])
+        optimizer.zero_grad()
+        sum(terms).backward()
+        optimizer.step()
+    for first, last in zip(history[0], history[-1], strict=True):
+        assert last < first / 3

@@ -22,4 +22,13 @@ MEDFAST_KERNEL void store(float x, bf16* to) {
   to->bits = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+MEDFAST_KERNEL float load(const float* from) { return *from; }
+
+MEDFAST_KERNEL float load(const bf16* from) {
+  const uint32_t bits = static_cast<uint32_t>(from->bits) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 }  // namespace medfast

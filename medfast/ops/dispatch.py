@@ -17,7 +17,9 @@ IMPLEMENTATIONS = {
     "clip_loss": ("triton", "cpu", "torch", "reference"),
     "siglip_loss": ("triton", "cpu", "torch", "reference"),
     "cyclip_loss": ("torch", "reference"),
-    "local_alignment_loss": ("torch", "reference"),
+    "local_alignment_loss": ("cpu", "torch", "reference"),
+    "filip_loss": ("cpu", "torch", "reference"),
+    "sparc_loss": ("triton", "cpu", "torch", "reference"),
     "retrieval_rank": ("triton", "cpu", "torch", "reference"),
 }
 NAMES = ("cuda", "triton", "cpu", "torch", "reference")
@@ -136,6 +138,25 @@ def check_features(op: str, **features: tuple[Tensor, str]) -> None:
                     shapes,
                     "Pass one text per image, projected to the width of the image features.",
                 )
+
+
+def check_patches_and_tokens(
+    op: str,
+    patches: Tensor,
+    tokens: Tensor,
+    token_mask: Tensor,
+    patch_mask: Tensor | None,
+    paired: bool = True,
+) -> None:
+    """Refuse patches [M, P, D], tokens [N, T, D] and masks [M, P], [N, T] that do not fit.
+
+    `paired` says that M and N must be the same.
+    """
+    images, captions = ("B", "B") if paired else ("M", "N")
+    check_features(op, patches=(patches, f"{images} P D"), tokens=(tokens, f"{captions} T D"))
+    check_mask(op, "token_mask", token_mask, tokens, "caption", "word")
+    if patch_mask is not None:
+        check_mask(op, "patch_mask", patch_mask, patches, "image", "patch")
 
 
 def check_device(op: str, name: str, value: Tensor, features: Tensor) -> None:

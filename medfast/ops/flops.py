@@ -17,6 +17,9 @@ def register_flop_formulas() -> None:
     """
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+    import medfast.ops.clip.autograd
+    import medfast.ops.siglip.autograd  # noqa: F401
+
     for op, formula in (
         (torch.ops.medfast.clip_loss_fwd, _clip_loss_fwd),
         (torch.ops.medfast.clip_loss_bwd, _clip_loss_bwd),

@@ -59,6 +59,29 @@ def matmul_into(
     return torch.addmm(out, a, b, beta=float(accumulate), alpha=alpha, out=out)
 
 
+def bmm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> Tensor:
+    """Write `a @ b` of a few small matrices each to `out`, or add it; no gradient is recorded.
+
+    MKL divides several among its threads with less ado than one.
+
+    Args:
+        out: [n, M, N], contiguous.
+        a: [n, M, K].
+        b: [n, K, N].
+        accumulate: Add to `out` instead of overwriting it.
+
+    Returns:
+        `out`.
+    """
+    if len(out) == 1 or (out.device.type == "cpu" and not _is_intel()):
+        for of_one, x, y in zip(out, a, b, strict=True):
+            matmul_into(of_one, x, y, accumulate=accumulate)
+        return out
+    if accumulate:
+        return torch.baddbmm(out, a, b, out=out)
+    return torch.bmm(a, b, out=out)
+
+
 @functools.cache
 def multiplies_bf16() -> bool:
     """Return whether this CPU multiplies bf16 matrices in hardware with sums in fp32 at hand.

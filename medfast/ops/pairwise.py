@@ -24,9 +24,7 @@ def cross_entropy(logits: Tensor, positives: Tensor | None = None) -> Tensor:
     Returns:
         The loss, a 0-d tensor in the dtype of `logits`.
     """
-    diagonal = logits.diagonal()
-    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    others = logits.masked_fill(own, -torch.inf)
+    diagonal, others = logits.diagonal(), _others(logits)
     loss = cross_entropy_of_sums(diagonal, others.logsumexp(1), others.logsumexp(0))
     if positives is not None:
         same = (positives[:, None] == positives).to(logits.dtype)
@@ -36,7 +34,24 @@ def cross_entropy(logits: Tensor, positives: Tensor | None = None) -> Tensor:
     return loss
 
 
+def row_cross_entropy(logits: Tensor) -> Tensor:
+    """Return the mean of the row-wise cross-entropy of `logits` [B, B] with the diagonal, exactly.
+
+    It is one direction of `cross_entropy`, for scores that are not the same both ways.
+    """
+    return softplus(_others(logits).logsumexp(1) - logits.diagonal()).mean()
+
+
 def cross_entropy_of_sums(diagonal: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Return the loss from each pair's own logit and its log-sum-exps over the others, all [B]."""
-    # -logsigmoid is softplus without the threshold at which torch's softplus turns linear.
-    return -(F.logsigmoid(diagonal - rows) + F.logsigmoid(diagonal - columns)).mean() / 2
+    return (softplus(rows - diagonal) + softplus(columns - diagonal)).mean() / 2
+
+
+def softplus(x: Tensor) -> Tensor:
+    """Return log(1 + e^x) without the threshold at which torch's softplus turns linear."""
+    return -F.logsigmoid(-x)
+
+
+def _others(logits: Tensor) -> Tensor:
+    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    return logits.masked_fill(own, -torch.inf)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from medfast.ops import matmul
-from medfast.ops.matmul import matmul_into
+from medfast.ops.matmul import bmm_into, matmul_into
 
 
 @pytest.fixture(params=[True, False], ids=["intel", "other"])
@@ -39,6 +39,17 @@ def test_product_into_a_part_of_a_matrix(vendor, M, N, K, dtype, accumulate):
         torch.testing.assert_close(out.double(), want, rtol=rtol, atol=10 * rtol)
         assert (whole[M:] == 3).all()
         assert (whole[:, N:] == 3).all()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_several_products_at_once(vendor, count, accumulate):
+    torch.manual_seed(0)
+    a, b = torch.randn(count, 7, 5), torch.randn(count, 9, 7)
+    out = torch.full((count, 5, 9), 3.0 if accumulate else torch.nan)
+    want = a.mT @ b.mT + (3 if accumulate else 0)
+    assert bmm_into(out, a.mT, b.mT, accumulate=accumulate) is out
+    torch.testing.assert_close(out, want)
 
 
 def test_bf16_products_need_the_hardware(monkeypatch):

@@ -6,6 +6,7 @@ of views, is scored with the same op; what is built from them costs O(M + N).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from medfast.ops import tiles
 from medfast.ops.clip import chunked
+from medfast.ops.workspace import lend
 
 
 def log_sum_exps(
@@ -50,7 +52,8 @@ def clip_loss_fwd(
         from medfast.ops.clip import triton
 
         return (*triton.forward(rows, columns, logit_scale, offset), rows.new_empty(0, 0))
-    kept = _kept(rows, columns, impl, needs_grad)
+    shape = _kept_shape(rows, columns, impl, needs_grad)
+    kept = lend(math.prod(shape), rows, tiles.summable(rows)).view(shape)
     sums = chunked.forward(rows, columns, logit_scale, offset, kept, _passes(impl, logit_scale))
     return (*sums, kept)
 
@@ -62,7 +65,7 @@ def _(
     own, row_lse, column_lse = (
         x.new_empty(len(x), dtype=tiles.summable(x)) for x in (rows, rows, columns)
     )
-    return own, row_lse, column_lse, _kept(rows, columns, impl, needs_grad)
+    return own, row_lse, column_lse, own.new_empty(_kept_shape(rows, columns, impl, needs_grad))
 
 
 @torch.library.custom_op("medfast::clip_loss_bwd", mutates_args=())
@@ -153,8 +156,7 @@ def _passes(impl: str, logit_scale: Tensor) -> chunked.Passes:
     return chunked.Passes(logit_scale)
 
 
-def _kept(rows: Tensor, columns: Tensor, impl: str, needs_grad: bool) -> Tensor:
-    """Return memory for all logits where the backward wants them and the workspace holds them."""
+def _kept_shape(rows: Tensor, columns: Tensor, impl: str, needs_grad: bool) -> tuple[int, int]:
+    """Return the shape of all logits where the backward wants them and the workspace holds them."""
     keeps = needs_grad and impl != "triton" and tiles.fits_workspace(rows, columns)
-    shape = (len(rows), len(columns)) if keeps else (0, 0)
-    return rows.new_empty(shape, dtype=tiles.summable(rows))
+    return (len(rows), len(columns)) if keeps else (0, 0)

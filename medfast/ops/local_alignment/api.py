@@ -7,7 +7,7 @@ from torch import Tensor
 
 from medfast.ops import dispatch, pairwise
 from medfast.ops.local_alignment import reference
-from medfast.ops.local_alignment.autograd import local_alignment_loss_fwd
+from medfast.ops.local_alignment.autograd import pair_scores
 
 _OP = "local_alignment_loss"
 
@@ -31,8 +31,9 @@ def local_alignment_loss(
         Z_ij = log sum_w exp(temp_words cos(c_w, w)),
 
     and the loss is the cross-entropy of `temp_pairs * Z` with the matching pairs, the mean of both
-    directions. "reference" keeps B x B x T x P scores; "torch" works in tiles within
-    `MEDFAST_WORKSPACE_MB` and keeps B x B.
+    directions. "reference" keeps B x B x T x P scores; the others work in tiles within
+    `MEDFAST_WORKSPACE_MB` and keep B x B. Under autocast the features take its dtype; sums and loss
+    are in fp32.
 
     Args:
         patches: Patch features [B, P, D], fp32, bf16, fp16 or fp64; not normalised.
@@ -42,15 +43,15 @@ def local_alignment_loss(
         temp_attention: Sharpness of the attention, a number or a tensor of one element.
         temp_words: Sharpness of the sum over words, likewise.
         temp_pairs: Sharpness of the cross-entropy over pairs, likewise.
-        impl: "auto", "torch" or "reference".
+        impl: "auto", "cpu", "triton", "torch" or "reference".
 
     Returns:
-        The loss, a scalar: fp32, or fp64 for fp64 features.
+        The loss, a scalar: fp32, or fp64 for fp64 features. NaN features make it NaN.
 
     Raises:
         ValueError: An argument has another shape, dtype or device, a caption has no word, an
-            image no patch that counts (on a GPU, where looking would wait for it, such an image
-            makes the loss NaN), or `impl` is unknown.
+            image no patch that counts (on a GPU, where looking would wait for it, either makes
+            the loss NaN), or `impl` is unknown.
         RuntimeError: `impl` cannot run here.
 
     Source:
@@ -65,28 +66,45 @@ def local_alignment_loss(
         >>> round(local_alignment_loss(patches, tokens, mask, temp_pairs=1.0).item(), 4)
         0.0071
     """
-    _check(_OP, patches, tokens, token_mask, patch_mask)
-    attention, words, pairs = (
-        dispatch.as_scalar(_OP, name, value, patches)
-        for name, value in (
-            ("temp_attention", temp_attention),
-            ("temp_words", temp_words),
-            ("temp_pairs", temp_pairs),
-        )
+    dispatch.check_patches_and_tokens(_OP, patches, tokens, token_mask, patch_mask)
+    pairs = dispatch.as_scalar(_OP, "temp_pairs", temp_pairs, patches)
+    return pairwise.cross_entropy(
+        pairs
+        * _scores(_OP, patches, tokens, token_mask, patch_mask, temp_attention, temp_words, impl)
     )
-    if dispatch.choose(_OP, impl, patches) == "reference":
-        with torch.autocast(patches.device.type, enabled=False):
-            return reference.local_alignment_loss(
-                patches,
-                tokens,
-                token_mask,
-                patch_mask=patch_mask,
-                temp_attention=attention,
-                temp_words=words,
-                temp_pairs=pairs,
-            )
-    scores = local_alignment_loss_fwd(patches, tokens, token_mask, patch_mask, attention, words)
-    return pairwise.cross_entropy(pairs * scores)
+
+
+def local_alignment_scores(
+    patches: Tensor,
+    tokens: Tensor,
+    token_mask: Tensor,
+    *,
+    patch_mask: Tensor | None = None,
+    temp_attention: float | Tensor = 4.0,
+    temp_words: float | Tensor = 5.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Return how well N captions match M images, Z of `local_alignment_loss`, with gradients.
+
+    Args:
+        patches: [M, P, D], as in `local_alignment_loss`.
+        tokens: [N, T, D], as in `local_alignment_loss`.
+        token_mask: bool [N, T], as in `local_alignment_loss`.
+        patch_mask: bool [M, P], as in `local_alignment_loss`.
+        temp_attention: As in `local_alignment_loss`.
+        temp_words: As in `local_alignment_loss`.
+        impl: As in `local_alignment_loss`.
+
+    Returns:
+        Z [N, M], in fp32, or fp64 for fp64 features.
+
+    Raises:
+        ValueError: As in `local_alignment_loss`.
+        RuntimeError: As in `local_alignment_loss`.
+    """
+    op = "local_alignment_scores"
+    dispatch.check_patches_and_tokens(op, patches, tokens, token_mask, patch_mask, paired=False)
+    return _scores(op, patches, tokens, token_mask, patch_mask, temp_attention, temp_words, impl)
 
 
 def word_patch_attention(
@@ -97,7 +115,9 @@ def word_patch_attention(
     patch_mask: Tensor | None = None,
     temp_attention: float | Tensor = 4.0,
 ) -> Tensor:
-    """Return the attention of each caption's words over the patches of its own image.
+    """Return where the words of caption k look in image k, as `local_alignment_loss` has it.
+
+    Any pairs may be chosen: `word_patch_attention(patches[images], tokens[captions], ...)`.
 
     Args:
         patches: As in `local_alignment_loss`.
@@ -113,7 +133,7 @@ def word_patch_attention(
         ValueError: As in `local_alignment_loss`.
     """
     op = "word_patch_attention"
-    _check(op, patches, tokens, token_mask, patch_mask)
+    dispatch.check_patches_and_tokens(op, patches, tokens, token_mask, patch_mask)
     with torch.autocast(patches.device.type, enabled=False):
         return reference.word_patch_attention(
             patches,
@@ -124,10 +144,28 @@ def word_patch_attention(
         )
 
 
-def _check(
-    op: str, patches: Tensor, tokens: Tensor, token_mask: Tensor, patch_mask: Tensor | None
-) -> None:
-    dispatch.check_features(op, patches=(patches, "B P D"), tokens=(tokens, "B T D"))
-    dispatch.check_mask(op, "token_mask", token_mask, tokens, "caption", "word")
-    if patch_mask is not None:
-        dispatch.check_mask(op, "patch_mask", patch_mask, patches, "image", "patch")
+def _scores(
+    op: str,
+    patches: Tensor,
+    tokens: Tensor,
+    token_mask: Tensor,
+    patch_mask: Tensor | None,
+    temp_attention: float | Tensor,
+    temp_words: float | Tensor,
+    impl: str,
+) -> Tensor:
+    patches, tokens = dispatch.autocast(patches, tokens)
+    attention = dispatch.as_scalar(op, "temp_attention", temp_attention, patches)
+    words = dispatch.as_scalar(op, "temp_words", temp_words, patches)
+    chosen = dispatch.choose(_OP, impl, patches)
+    with torch.autocast(patches.device.type, enabled=False):
+        if chosen == "reference":
+            return reference.local_alignment_scores(
+                patches,
+                tokens,
+                token_mask,
+                patch_mask=patch_mask,
+                temp_attention=attention,
+                temp_words=words,
+            )
+        return pair_scores(patches, tokens, token_mask, patch_mask, attention, words, chosen)

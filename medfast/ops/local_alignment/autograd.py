@@ -8,6 +8,23 @@ import torch
 from torch import Tensor
 
 from medfast.ops.local_alignment import chunked
+from medfast.ops.tiles import summable
+from medfast.ops.workspace import lend
+
+
+def pair_scores(
+    patches: Tensor,
+    tokens: Tensor,
+    token_mask: Tensor,
+    patch_mask: Tensor | None,
+    temp_attention: Tensor,
+    temp_words: Tensor,
+    impl: str,
+) -> Tensor:
+    """Return the scores [N, M] of N captions and M images, with gradients."""
+    inputs = (patches, tokens, token_mask, patch_mask, temp_attention, temp_words)
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return local_alignment_loss_fwd(*inputs, impl, needs_grad)[0]
 
 
 @torch.library.custom_op("medfast::local_alignment_loss_fwd", mutates_args=())
@@ -18,10 +35,18 @@ def local_alignment_loss_fwd(
     patch_mask: Tensor | None,
     temp_attention: Tensor,
     temp_words: Tensor,
-) -> Tensor:
-    """Return the scores [B, B] of caption i (row) and image j (column): see `chunked.forward`."""
-    with torch.autocast(patches.device.type, enabled=False):
-        return chunked.forward(patches, tokens, token_mask, patch_mask, temp_attention, temp_words)
+    impl: str,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the scores [N, M] of caption i (row) and image j (column), and what is kept."""
+    inputs = (patches, tokens, token_mask, patch_mask)
+    size = _kept_entries(patches, tokens, impl, needs_grad)
+    kept = lend(size, patches, summable(patches))
+    if impl == "triton":
+        from medfast.ops.local_alignment import triton
+
+        return triton.forward(*inputs, temp_attention, temp_words), kept
+    return chunked.forward(*inputs, kept, _passes(impl, temp_attention, temp_words)), kept
 
 
 @local_alignment_loss_fwd.register_fake
@@ -32,30 +57,37 @@ def _(
     patch_mask: Tensor | None,
     temp_attention: Tensor,
     temp_words: Tensor,
-) -> Tensor:
-    dtype = torch.promote_types(patches.dtype, torch.float32)
-    return patches.new_empty(len(patches), len(patches), dtype=dtype)
+    impl: str,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    scores = patches.new_empty(len(tokens), len(patches), dtype=summable(patches))
+    return scores, scores.new_empty(_kept_entries(patches, tokens, impl, needs_grad))
 
 
 @torch.library.custom_op("medfast::local_alignment_loss_bwd", mutates_args=())
 def local_alignment_loss_bwd(
     d_scores: Tensor,
     scores: Tensor,
+    kept: Tensor,
     patches: Tensor,
     tokens: Tensor,
     token_mask: Tensor,
     patch_mask: Tensor | None,
     temp_attention: Tensor,
     temp_words: Tensor,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of patches, tokens, temp_attention and temp_words."""
-    inputs = (patches, tokens, temp_attention, temp_words)
-    with torch.autocast(patches.device.type, enabled=False):
-        grads = chunked.backward(
-            d_scores, scores, patches, tokens, token_mask, patch_mask, temp_attention, temp_words
-        )
+    inputs = (d_scores, scores, patches, tokens, token_mask, patch_mask)
+    if impl == "triton":
+        from medfast.ops.local_alignment import triton
+
+        grads = triton.backward(*inputs, temp_attention, temp_words)
+    else:
+        grads = chunked.backward(*inputs, kept, _passes(impl, temp_attention, temp_words))
     d_patches, d_tokens, *d_temps = (
-        grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)
+        grad.to(x.dtype)
+        for grad, x in zip(grads, (patches, tokens, temp_attention, temp_words), strict=True)
     )
     return d_patches, d_tokens, d_temps[0], d_temps[1]
 
@@ -64,12 +96,14 @@ def local_alignment_loss_bwd(
 def _(
     d_scores: Tensor,
     scores: Tensor,
+    kept: Tensor,
     patches: Tensor,
     tokens: Tensor,
     token_mask: Tensor,
     patch_mask: Tensor | None,
     temp_attention: Tensor,
     temp_words: Tensor,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d_patches, d_tokens = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (patches, tokens)
@@ -77,13 +111,29 @@ def _(
     return d_patches, d_tokens, torch.empty_like(temp_attention), torch.empty_like(temp_words)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(output, *inputs)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.impl, _ = inputs
+    ctx.save_for_backward(*output, *tensors)
+    ctx.mark_non_differentiable(output[1])
+    # Else torch makes zeros for the gradient that what is kept does not have.
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, d_scores: Tensor) -> tuple[Tensor | None, ...]:
-    d_patches, d_tokens, *d_temps = local_alignment_loss_bwd(d_scores, *ctx.saved_tensors)
-    return d_patches, d_tokens, None, None, *d_temps
+def _backward(ctx: Any, d_scores: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    d_patches, d_tokens, *d_temps = local_alignment_loss_bwd(d_scores, *ctx.saved_tensors, ctx.impl)
+    return d_patches, d_tokens, None, None, *d_temps, None, None
 
 
 local_alignment_loss_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _passes(impl: str, temp_attention: Tensor, temp_words: Tensor) -> chunked.Passes:
+    if impl == "cpu":
+        from medfast.ops.local_alignment.cpu import CpuPasses
+
+        return CpuPasses(temp_attention, temp_words)
+    return chunked.Passes(temp_attention, temp_words)
+
+
+def _kept_entries(patches: Tensor, tokens: Tensor, impl: str, needs_grad: bool) -> int:
+    return chunked.kept_entries(patches, tokens) if needs_grad and impl != "triton" else 0

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from medfast.ops import pairwise
+from medfast.ops.packing import valid
 
 # As in the publication, where a product of norms below this divides as if it were this.
 MIN_NORM = 1e-8
@@ -22,7 +23,28 @@ def local_alignment_loss(
     temp_pairs: float | Tensor = 10.0,
 ) -> Tensor:
     """Return the loss over all pairs; see `medfast.ops.local_alignment_loss`."""
-    patches, words = _valid(patches, patch_mask), _valid(tokens, token_mask)
+    scores = local_alignment_scores(
+        patches,
+        tokens,
+        token_mask,
+        patch_mask=patch_mask,
+        temp_attention=temp_attention,
+        temp_words=temp_words,
+    )
+    return pairwise.cross_entropy(temp_pairs * scores)
+
+
+def local_alignment_scores(
+    patches: Tensor,
+    tokens: Tensor,
+    token_mask: Tensor,
+    *,
+    patch_mask: Tensor | None = None,
+    temp_attention: float | Tensor = 4.0,
+    temp_words: float | Tensor = 5.0,
+) -> Tensor:
+    """Return how well each caption (row) matches each image (column)."""
+    patches, words = valid(patches, patch_mask), valid(tokens, token_mask)
     # Letters of einsum: caption i, word t; image j, patch p; feature d.
     similarity = torch.einsum("itd,jpd->ijtp", words, patches)
     images = None if patch_mask is None else patch_mask[None]
@@ -30,8 +52,7 @@ def local_alignment_loss(
     context = torch.einsum("ijtp,jpd->ijtd", attention, patches)
     dot = torch.einsum("ijtd,itd->ijt", context, words)
     cosine = dot / (context.norm(dim=-1) * words.norm(dim=-1)[:, None]).clamp_min(MIN_NORM)
-    scores = (temp_words * cosine).masked_fill(~token_mask[:, None], -torch.inf).logsumexp(-1)
-    return pairwise.cross_entropy(temp_pairs * scores)
+    return (temp_words * cosine).masked_fill(~token_mask[:, None], -torch.inf).logsumexp(-1)
 
 
 def word_patch_attention(
@@ -43,7 +64,7 @@ def word_patch_attention(
     temp_attention: float | Tensor = 4.0,
 ) -> Tensor:
     """Return where the words of each caption look in its own image, [B, T, P]."""
-    patches, words = _valid(patches, patch_mask), _valid(tokens, token_mask)
+    patches, words = valid(patches, patch_mask), valid(tokens, token_mask)
     attention = attend(words @ patches.mT, token_mask, patch_mask, temp_attention)
     return attention.masked_fill(~token_mask[..., None], 0)
 
@@ -57,9 +78,3 @@ def attend(
     if patches is not None:
         sharpened = sharpened.masked_fill(~patches[..., None, :], -torch.inf)
     return sharpened.softmax(-1)
-
-
-def _valid(features: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the features in at least fp32, with zeros for what is masked: it may hold NaN."""
-    features = features.to(torch.promote_types(features.dtype, torch.float32))
-    return features if mask is None else features.masked_fill(~mask[..., None], 0)

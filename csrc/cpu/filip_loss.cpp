@@ -1,0 +1,241 @@
+#include "filip_loss.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "bf16.h"
+
+namespace medfast {
+namespace {
+
+// Pairs whose maxima are gathered together.
+constexpr int64_t kTogether = 4;
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+struct Best {
+  float value;
+  int32_t place;
+};
+
+// The highest of a row's patches and the first place where it is.
+MEDFAST_KERNEL Best best_of_row(const float* row, const float* shares, int64_t patches) {
+  float highest = -INFINITY;
+  int32_t nans = 0;
+#pragma omp simd reduction(max : highest) reduction(+ : nans)
+  for (int64_t p = 0; p < patches; ++p) {
+    const float x = shares[p] > 0.0f ? row[p] : -INFINITY;
+    highest = x > highest ? x : highest;
+    nans += x != x ? 1 : 0;
+  }
+  int32_t place = std::numeric_limits<int32_t>::max();
+#pragma omp simd reduction(min : place)
+  for (int32_t p = 0; p < static_cast<int32_t>(patches); ++p) {
+    const int32_t here = shares[p] > 0.0f && row[p] == highest ? p : place;
+    place = here < place ? here : place;
+  }
+  return {nans > 0 ? kNan : highest, nans > 0 ? 0 : place};
+}
+
+// Caption of n words against one image, whose columns start at similarity.
+template <class Index>
+MEDFAST_KERNEL void maxima_of_pair(const float* similarity, int64_t stride, const float* shares,
+                                   int64_t n, int64_t patches, float* image_to_text,
+                                   float* text_to_image, Index* best_patch, Index* best_word,
+                                   float* highest, int32_t* places) {
+  for (int64_t p = 0; p < patches; ++p) {
+    highest[p] = similarity[p];
+    places[p] = 0;
+  }
+  float of_words = 0;
+  for (int64_t t = 0; t < n; ++t) {
+    const float* row = similarity + t * stride;
+    const int32_t place = static_cast<int32_t>(t);
+#pragma omp simd
+    for (int64_t p = 0; p < patches; ++p) {
+      // Once NaN, always NaN.
+      const bool is_better = (row[p] > highest[p]) | (row[p] != row[p]);
+      highest[p] = is_better ? row[p] : highest[p];
+      places[p] = is_better ? place : places[p];
+    }
+    const Best best = best_of_row(row, shares, patches);
+    of_words += best.value;
+    if (best_patch != nullptr) best_patch[t] = static_cast<Index>(best.place);
+  }
+  float of_patches = 0;
+#pragma omp simd reduction(+ : of_patches)
+  for (int64_t p = 0; p < patches; ++p)
+    of_patches += shares[p] > 0.0f ? shares[p] * highest[p] : 0.0f;
+  *image_to_text = of_patches;
+  *text_to_image = of_words / static_cast<float>(n);
+  if (best_word != nullptr)
+    for (int64_t p = 0; p < patches; ++p) best_word[p] = static_cast<Index>(places[p]);
+}
+
+// A feature that a maximum came from, times the gradient of that maximum.
+template <class Feature>
+struct Source {
+  int32_t to;
+  float weight;
+  const Feature* row;
+};
+
+template <class Feature>
+using Sources = std::vector<Source<Feature>>;
+
+// Sorts by destination, of which there are `count`, keeping the order of equals; starts [count + 1].
+template <class Feature>
+void sort_by_destination(const Sources<Feature>& from, int64_t count, Sources<Feature>& sorted,
+                         std::vector<int32_t>& starts) {
+  starts.assign(count + 1, 0);
+  for (const auto& source : from) ++starts[source.to + 1];
+  for (int64_t k = 0; k < count; ++k) starts[k + 1] += starts[k];
+  sorted.resize(from.size());
+  std::vector<int32_t> next(starts.begin(), starts.end() - 1);
+  for (const auto& source : from) sorted[next[source.to]++] = source;
+}
+
+// Adds each destination's sources to it, several at a time: rows are in cache, and what counts is
+// how often they are loaded and stored.
+template <class Feature>
+MEDFAST_KERNEL void add_sources(const Source<Feature>* sources, const int32_t* starts,
+                                int64_t count, int64_t width, float* destinations) {
+  for (int64_t k = 0; k < count; ++k) {
+    float* to = destinations + k * width;
+    int32_t i = starts[k];
+    for (; i + 4 <= starts[k + 1]; i += 4) {
+      const Source<Feature>* s = sources + i;
+      const Feature *r0 = s[0].row, *r1 = s[1].row, *r2 = s[2].row, *r3 = s[3].row;
+      const float w0 = s[0].weight, w1 = s[1].weight, w2 = s[2].weight, w3 = s[3].weight;
+#pragma omp simd
+      for (int64_t d = 0; d < width; ++d)
+        to[d] += (w0 * load(r0 + d) + w1 * load(r1 + d)) + (w2 * load(r2 + d) + w3 * load(r3 + d));
+    }
+    for (; i < starts[k + 1]; ++i) {
+      const Feature* row = sources[i].row;
+      const float weight = sources[i].weight;
+#pragma omp simd
+      for (int64_t d = 0; d < width; ++d) to[d] += weight * load(row + d);
+    }
+  }
+}
+
+}  // namespace
+
+template <class Index>
+void filip_loss_maxima(const TokenTile& tile, const float* similarity, const float* shares,
+                       const FilipScores& scores, Index* best_patch, Index* best_word) {
+  const int64_t columns = tile.columns();
+#pragma omp parallel
+  {
+    std::vector<float> highest(tile.patches);
+    std::vector<int32_t> places(tile.patches);
+    // In turn, since captions are sorted by length.
+#pragma omp for schedule(static, 1)
+    for (int64_t c = 0; c < tile.captions; ++c)
+      for (int64_t j = 0; j < tile.images; ++j) {
+        const int64_t caption = scores.ids[c];
+        const int64_t image = scores.first_image + j;
+        const int64_t pair = caption * scores.all_images + image;
+        const bool keeps = best_patch != nullptr;
+        run<maxima_of_pair<Index>>(
+            similarity + tile.starts[c] * columns + j * tile.patches, columns,
+            shares + j * tile.patches, tile.words(c), tile.patches,
+            scores.image_to_text + image * scores.all_captions + caption,
+            scores.text_to_image + pair,
+            keeps ? best_patch + pair * scores.all_words : nullptr,
+            keeps ? best_word + pair * tile.patches : nullptr, highest.data(), places.data());
+      }
+  }
+}
+
+template <class Feature, class Index>
+void filip_loss_gradient(const FilipFeatures& sizes, const Feature* words, const Feature* patches,
+                         const float* shares, const float* d_image_to_text,
+                         const float* d_text_to_image, const Index* best_patch,
+                         const Index* best_word, float* d_words, float* d_patches) {
+  const int64_t P = sizes.patches;
+  const int64_t D = sizes.width;
+  // Calls `of_word` and `of_patch` for each maximum of a pair with its gradient and the other side.
+  const auto each = [&](int64_t c, int64_t j, const auto& of_word, const auto& of_patch) {
+    const int64_t n = sizes.starts[c + 1] - sizes.starts[c];
+    const int64_t pair = sizes.ids[c] * sizes.images + j;
+    const float d_word = d_text_to_image[pair] / static_cast<float>(n);
+    const float d_patch = d_image_to_text[j * sizes.captions + sizes.ids[c]];
+    for (int64_t t = 0; t < n; ++t)
+      of_word(t, static_cast<int64_t>(best_patch[pair * sizes.all_words + t]), d_word);
+    for (int64_t p = 0; p < P; ++p)
+      if (shares[j * P + p] > 0.0f)
+        of_patch(p, static_cast<int64_t>(best_word[pair * P + p]), d_patch * shares[j * P + p]);
+  };
+  const auto add_all = [&](const Sources<Feature>& from, Sources<Feature>& sorted,
+                           std::vector<int32_t>& starts, int64_t count, float* to) {
+    sort_by_destination(from, count, sorted, starts);
+    run<add_sources<Feature>>(sorted.data(), starts.data(), count, D, to);
+  };
+#pragma omp parallel
+  {
+    Sources<Feature> from, sorted;
+    std::vector<int32_t> starts;
+    if (d_words != nullptr) {
+#pragma omp for schedule(dynamic)
+      for (int64_t c = 0; c < sizes.captions; ++c) {
+        float* const to = d_words + sizes.starts[c] * D;
+        std::fill(to, d_words + sizes.starts[c + 1] * D, 0.0f);
+        for (int64_t j = 0; j < sizes.images; j += kTogether) {
+          from.clear();
+          for (int64_t i = j; i < std::min(j + kTogether, sizes.images); ++i) {
+            const Feature* rows = patches + i * P * D;
+            each(
+                c, i,
+                [&](int64_t t, int64_t p, float weight) {
+                  from.push_back({static_cast<int32_t>(t), weight, rows + p * D});
+                },
+                [&](int64_t p, int64_t t, float weight) {
+                  from.push_back({static_cast<int32_t>(t), weight, rows + p * D});
+                });
+          }
+          add_all(from, sorted, starts, sizes.starts[c + 1] - sizes.starts[c], to);
+        }
+      }
+    }
+    if (d_patches != nullptr) {
+#pragma omp for schedule(dynamic)
+      for (int64_t j = 0; j < sizes.images; ++j) {
+        float* const to = d_patches + j * P * D;
+        std::fill(to, to + P * D, 0.0f);
+        for (int64_t c = 0; c < sizes.captions; c += kTogether) {
+          from.clear();
+          for (int64_t i = c; i < std::min(c + kTogether, sizes.captions); ++i) {
+            const Feature* rows = words + sizes.starts[i] * D;
+            each(
+                i, j,
+                [&](int64_t t, int64_t p, float weight) {
+                  from.push_back({static_cast<int32_t>(p), weight, rows + t * D});
+                },
+                [&](int64_t p, int64_t t, float weight) {
+                  from.push_back({static_cast<int32_t>(p), weight, rows + t * D});
+                });
+          }
+          add_all(from, sorted, starts, P, to);
+        }
+      }
+    }
+  }
+}
+
+#define MEDFAST_INSTANTIATE_GRADIENT(Feature, Index)                                            \
+  template void filip_loss_gradient(const FilipFeatures&, const Feature*, const Feature*,       \
+                                    const float*, const float*, const float*, const Index*,     \
+                                    const Index*, float*, float*);
+#define MEDFAST_INSTANTIATE(Index)                                                              \
+  template void filip_loss_maxima(const TokenTile&, const float*, const float*,                 \
+                                  const FilipScores&, Index*, Index*);                          \
+  MEDFAST_INSTANTIATE_GRADIENT(float, Index)                                                    \
+  MEDFAST_INSTANTIATE_GRADIENT(bf16, Index)
+MEDFAST_INSTANTIATE(uint8_t)
+MEDFAST_INSTANTIATE(int16_t)
+MEDFAST_INSTANTIATE(int32_t)
+
+}  // namespace medfast

@@ -1,0 +1,82 @@
+"""The passes of filip_loss with csrc's kernels; the backward gathers in place of products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from medfast import _C
+from medfast.ops import packing, tiles
+from medfast.ops.filip.chunked import OP, Passes, Scores, patch_shares
+from medfast.ops.packing import Images, Words
+
+
+class CpuPasses(Passes):
+    block = 1
+
+    def maxima(
+        self, words: Words, images: Images, similarity: Tensor, shares: Tensor, scores: Scores
+    ) -> None:
+        N, M = scores.text_to_image.shape
+        _, g, P = similarity.shape
+        keeps = len(scores.best_word) > 0
+        _C.filip_loss_maxima(
+            words.starts.data_ptr(),
+            len(words.captions),
+            g,
+            P,
+            similarity.data_ptr(),
+            shares.data_ptr(),
+            words.captions.data_ptr(),
+            N,
+            M,
+            images.where.start,
+            scores.best_patch.shape[2],
+            scores.image_to_text.data_ptr(),
+            scores.text_to_image.data_ptr(),
+            scores.best_patch.data_ptr() if keeps else 0,
+            scores.best_word.data_ptr() if keeps else 0,
+            scores.best_patch.element_size(),
+        )
+
+
+def backward(
+    d_image_to_text: Tensor,
+    d_text_to_image: Tensor,
+    patches: Tensor,
+    tokens: Tensor,
+    token_mask: Tensor,
+    patch_mask: Tensor | None,
+    best_patch: Tensor,
+    best_word: Tensor,
+    needs_patches: bool,
+    needs_tokens: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of patches and tokens in fp32, None where not needed."""
+    M, P, D = patches.shape
+    (words,) = packing.pack(OP, tokens, token_mask, size=1, most_rows=token_mask.numel())
+    features = tiles.operand(patches)
+    shares = patch_shares(patches, patch_mask)
+    d_patches = features.new_empty(M, P, D, dtype=torch.float32) if needs_patches else None
+    d_words = torch.empty_like(words.features, dtype=torch.float32) if needs_tokens else None
+    _C.filip_loss_gradient(
+        words.starts.data_ptr(),
+        words.captions.data_ptr(),
+        len(words.captions),
+        M,
+        P,
+        best_patch.shape[2],
+        D,
+        words.features.data_ptr(),
+        features.data_ptr(),
+        features.dtype == torch.bfloat16,
+        shares.data_ptr(),
+        d_image_to_text.data_ptr(),
+        d_text_to_image.data_ptr(),
+        best_patch.data_ptr(),
+        best_word.data_ptr(),
+        best_patch.element_size(),
+        0 if d_words is None else d_words.data_ptr(),
+        0 if d_patches is None else d_patches.data_ptr(),
+    )
+    return d_patches, None if d_words is None else packing.unpack([words], [d_words], tokens)

@@ -1,0 +1,84 @@
+"""The passes of local_alignment_loss with csrc's kernels: few walks over a tile."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from medfast import _C
+from medfast.ops.local_alignment.chunked import Passes, Tile
+from medfast.ops.local_alignment.reference import MIN_NORM
+
+
+class CpuPasses(Passes):
+    block = 1
+
+    def __init__(self, temp_attention: Tensor, temp_words: Tensor) -> None:
+        super().__init__(temp_attention, temp_words)
+        self._attention, self._words = temp_attention.item(), temp_words.item()
+
+    def attend(self, tile: Tile) -> None:
+        _, g, P = tile.similarity.shape
+        if tile.images.mask is None:
+            mask = tile.similarity.new_ones(g, P)
+        else:
+            mask = tile.images.mask.to(tile.similarity.dtype)
+        _C.local_alignment_attend(
+            *_shape(tile),
+            tile.similarity.data_ptr(),
+            mask.data_ptr(),
+            self._attention,
+            tile.over_words.data_ptr(),
+            tile.attention.data_ptr(),
+            _is_bf16(tile),
+        )
+
+    def scores(self, tile: Tile) -> Tensor:
+        scores = tile.similarity.new_empty(len(tile.words.blocks), tile.similarity.shape[1])
+        _C.local_alignment_scores(
+            *_shape(tile),
+            tile.similarity.data_ptr(),
+            tile.attention.data_ptr(),
+            tile.mixed.data_ptr(),
+            tile.norms.data_ptr(),
+            self._words,
+            MIN_NORM,
+            scores.data_ptr(),
+            _is_bf16(tile),
+        )
+        return scores
+
+    def gradient(
+        self, tile: Tile, scores: Tensor, d_scores: Tensor, d_similarity: Tensor, weighted: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        d_norms = torch.zeros_like(tile.norms)
+        d_temps = _C.local_alignment_gradient(
+            *_shape(tile),
+            tile.similarity.data_ptr(),
+            tile.over_words.data_ptr(),
+            tile.attention.data_ptr(),
+            tile.mixed.data_ptr(),
+            tile.norms.data_ptr(),
+            scores.data_ptr(),
+            d_scores.data_ptr(),
+            self._attention,
+            self._words,
+            MIN_NORM,
+            d_similarity.data_ptr(),
+            weighted.data_ptr(),
+            d_norms.data_ptr(),
+            _is_bf16(tile),
+        )
+        d_attention, d_words = (
+            scores.new_tensor(d_temp, dtype=torch.float64) for d_temp in d_temps
+        )
+        return d_norms, d_attention, d_words
+
+
+def _shape(tile: Tile) -> tuple[int, int, int, int]:
+    _, g, P = tile.similarity.shape
+    return tile.words.starts.data_ptr(), len(tile.words.blocks), g, P
+
+
+def _is_bf16(tile: Tile) -> bool:
+    return tile.attention.dtype == torch.bfloat16
