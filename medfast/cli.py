@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "Train one model, evaluate it and write its report.",
     "data": "Write the phantom data.",
     "env": "Print versions, devices and which implementations can run here.",
+    "profile": "Time training steps with a fused loss beside those with the reference.",
 }
 TRAIN_EPILOG = """\
 Settings come from the defaults, then from --config, then from the flags. The merged result is
@@ -75,20 +76,56 @@ def parse_train(argv: Sequence[str] | None = None) -> tuple[TrainConfig, set[str
     Raises:
         UsageError: a value is not acceptable.
     """
+    parser = _settings_parser("train", TRAIN_EPILOG)
+    settings = _settings(vars(parser.parse_args(argv)))
+    return TrainConfig(**settings), set(settings)
+
+
+def parse_profile(argv: Sequence[str] | None = None) -> tuple[TrainConfig, int]:
+    """Return the settings of the run to profile, and how many steps to time.
+
+    Raises:
+        UsageError: a value is not acceptable.
+    """
+    parser = _settings_parser("profile", "It takes the flags of medfast train and leaves no run.")
+    parser.add_argument(
+        "--steps", type=int, default=20, metavar="N", help="Steps to time (default: 20)"
+    )
+    given = vars(parser.parse_args(argv))
+    steps = given.pop("steps")
+    if steps < 1:
+        raise UsageError(f"--steps must be at least 1; got {steps}.")
+    config = TrainConfig(**_settings(given))
+    if config.fused_loss == "reference":
+        raise UsageError(
+            "--no-fused-loss: the reference is what the profile compares with; name another "
+            "implementation with --fused-loss."
+        )
+    for name in ("resume", "dry_run"):
+        if getattr(config, name):
+            raise UsageError(f"{flag(name)} is for medfast train; leave it out.")
+    return config, steps
+
+
+def _settings_parser(command: str, epilog: str) -> Parser:
+    """Return the parser of a command that takes the settings of a run."""
     parser = Parser(
-        prog="medfast.train",
-        description=COMMANDS["train"],
-        epilog=TRAIN_EPILOG,
+        prog=f"medfast.{command}",
+        description=COMMANDS[command],
+        epilog=epilog,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings.")
     add_settings(parser, TrainConfig)
-    given = vars(parser.parse_args(argv))
+    return parser
+
+
+def _settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the flags `given`, over those of their --config."""
     file = given.pop("config", None)
-    settings = {**read_config(Path(file)), **given} if file is not None else given
-    return TrainConfig(**settings), set(settings)
+    return {**read_config(Path(file)), **given} if file is not None else given
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -192,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="medfast",
         description="Fused contrastive losses and fast training for medical vision-language "
         "models.",
-        epilog="commands:\n" + "".join(f"  {n:6} {text}\n" for n, text in COMMANDS.items()),
+        epilog="commands:\n" + "".join(f"  {n:8} {text}\n" for n, text in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", metavar="COMMAND", nargs="?", help="one of those below")
@@ -210,6 +247,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         from medfast import train
 
         train.main(arguments[1:])
+    elif name == "profile":
+        from medfast import profile
+
+        profile.main(arguments[1:])
     else:
         from medfast.data import __main__ as data
 

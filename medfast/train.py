@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from medfast.data.tokens import Tokenizer
     from medfast.evals.encode import Embeddings, Encoder
     from medfast.methods.base import Method
+    from medfast.models.pair import ImageTextModel
     from medfast.run_folder import RunFolder
 
 T = TypeVar("T")
@@ -123,13 +124,10 @@ def fit_and_evaluate(
         device: Where to compute.
         state: The checkpoint to go on from.
     """
-    import torch
-
     from medfast.data.loader import Loader
     from medfast.data.skipped import SkippedSamples
     from medfast.evals.encode import Encoder
     from medfast.evals.retrieval import retrieval
-    from medfast.models.pair import build_model
     from medfast.trainer import Trainer
 
     preset = PRESETS[config.model]
@@ -143,11 +141,8 @@ def fit_and_evaluate(
     total = sum(len(records) for records in splits.values())
     skipped = SkippedSamples(run.skipped, total, config.max_bad_samples)
 
-    torch.manual_seed(config.seed)
-    model = build_model(preset, tokenizer, method.needs_tokens).to(device)
-    model.to(memory_format=torch.channels_last)
-    method.to(device)
-    encoder = Encoder(model, tokenizer, device, config.precision)
+    model = new_model(config, method, tokenizer, device)
+    encoder = Encoder(model, tokenizer, device, config.precision, method.late_interaction)
 
     def loader(records: Sequence[Record], batch_size: int, crop: float | None = None) -> Loader:
         size, seed, workers = preset.image_size, config.seed, config.workers
@@ -183,7 +178,7 @@ def fit_and_evaluate(
     log.info("%s", cli.results_table(results))
     if len(skipped):
         log.info("%d samples could not be used; they are in %s", len(skipped), run.skipped)
-    write_run_report(config, run, encoder, splits["test"], embeddings, results)
+    write_run_report(config, run, method, encoder, splits["test"], embeddings, results)
     log.info("wrote %s", run.report)
 
 
@@ -245,6 +240,21 @@ def load_tokenizer(config: TrainConfig, records: Sequence[Record], run: RunFolde
     return tokenizer
 
 
+def new_model(
+    config: TrainConfig, method: Method, tokenizer: Tokenizer, device: torch.device
+) -> ImageTextModel:
+    """Return the untrained model of a run on `device`, and move its method there."""
+    import torch
+
+    from medfast.models.pair import build_model
+
+    torch.manual_seed(config.seed)
+    model = build_model(PRESETS[config.model], tokenizer, method.needs_tokens).to(device)
+    model.to(memory_format=torch.channels_last)
+    method.to(device)
+    return model
+
+
 def some(items: Sequence[T], count: int, seed: int) -> list[T]:
     """Return at most `count` of `items`, drawn by `seed`."""
     return random.Random(seed).sample(items, min(count, len(items)))
@@ -253,6 +263,7 @@ def some(items: Sequence[T], count: int, seed: int) -> list[T]:
 def write_run_report(
     config: TrainConfig,
     run: RunFolder,
+    method: Method,
     encoder: Encoder,
     records: Sequence[Record],
     embeddings: Embeddings,
@@ -261,14 +272,13 @@ def write_run_report(
     """Write the run's report.html from its metrics, its results and a few held-out pairs."""
     from medfast.data.loader import decode
     from medfast.evals.attention import attention_examples
-    from medfast.ops import paired_ranks
     from medfast.report import ContactExample, write_report
 
-    image_to_text, _ = paired_ranks(embeddings.image, embeddings.text)
-    found = image_to_text.tolist()
+    found = embeddings.ranks[0].tolist()
     shown = some(range(len(found)), CONTACT_EXAMPLES, config.seed)
     pairs = [(records[int(embeddings.index[row])], found[row]) for row in shown]
     attended = [record for record, _ in pairs[:ATTENTION_EXAMPLES]]
+    size = PRESETS[config.model].image_size
     write_report(
         run.report,
         name=run.path.name,
@@ -276,7 +286,9 @@ def write_run_report(
         history=run.read_metrics(),
         results=results,
         contact=[ContactExample(decode(r.image), r.caption, rank) for r, rank in pairs],
-        attention=attention_examples(encoder, attended, PRESETS[config.model].image_size),
+        attention=attention_examples(encoder, attended, size, method.word_maps),
+        attention_title=method.maps_title,
+        attention_note=method.maps_note,
         note=PHANTOM_NOTE if config.source == "phantom" else "",
     )
 

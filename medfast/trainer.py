@@ -98,7 +98,7 @@ class Trainer:
             lr = learning_rate(self.config, self.step, self.total_steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            losses, norm = self._train_step(batch.to(self.device))
+            losses, norm = self.train_step(batch.to(self.device))
             self.step += 1
             self.samples += len(batch)
             bar.update()
@@ -114,7 +114,8 @@ class Trainer:
                 f"{self.run.skipped}."
             )
 
-    def _train_step(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    def train_step(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """Take one step on a batch; return its loss terms and the norm of its gradient."""
         with autocast(self.config.precision, self.device):
             features = self.model(batch.images, batch.ids, batch.mask)
         losses = self.method(features, batch)

@@ -7,7 +7,7 @@ from medfast.errors import UsageError
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ({"method": "loacl"}, "'local'.*Known: clip, local"),
+        ({"method": "loacl"}, "'local'.*Known: clip, filip, local, sparc"),
         ({"model": "tinny"}, "'tiny'.*Known: tiny, vit_b16_clip"),
         ({"precision": "fp23"}, "'fp32'"),
         ({"train_data": "rocco:/x"}, "'roco'"),

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from medfast.data.loader import Loader
+from medfast.data.loader import Batch, Loader
 from medfast.data.records import Record
 from medfast.device import autocast
 from medfast.evals.encode import Encoder
-from medfast.ops import word_patch_attention
+from medfast.models.pair import Features
 
 if TYPE_CHECKING:
     from medfast.report import AttentionExample
@@ -21,16 +22,20 @@ if TYPE_CHECKING:
 
 @torch.inference_mode()
 def attention_examples(
-    encoder: Encoder, records: Sequence[Record], size: int
+    encoder: Encoder,
+    records: Sequence[Record],
+    size: int,
+    word_maps: Callable[[Features, Batch], Tensor | None],
 ) -> list[AttentionExample]:
-    """Return, for each readable pair, its image and each word's attention over the patches.
+    """Return, for each readable pair, its image and each word's weights on the patches.
 
-    A word of several tokens gets the mean of their maps. Empty for a model without token features.
+    A word of several tokens gets the mean of their maps.
 
     Args:
         encoder: The trained model.
         records: The pairs to show.
         size: Side of the model's square input in pixels.
+        word_maps: Gives the weights [B, T, P] of a batch, or None if there are none to show.
     """
     from medfast.report import AttentionExample
 
@@ -40,13 +45,11 @@ def attention_examples(
     for batch in Loader(records, tokenizer, size, batch_size=max(1, len(records))).epoch(0):
         here = batch.to(encoder.device)
         with autocast(encoder.precision, encoder.device):
-            _, patches = model.encode_image(here.images)
-            _, tokens = model.encode_text(here.ids, here.mask)
-        if patches is None or tokens is None:
+            features = model(here.images, here.ids, here.mask)
+        maps = word_maps(features, here)
+        if maps is None:
             break
-        maps = word_patch_attention(patches.float(), tokens.float(), here.word_mask)
-        grid = model.image_tower.grid
-        maps = maps.unflatten(-1, grid).cpu()
+        maps = maps.unflatten(-1, model.image_tower.grid).cpu()
         for row, index in enumerate(batch.index.tolist()):
             words = [w for w in tokenizer.words(records[index].caption) if w[0].isalnum()]
             examples.append(

@@ -6,7 +6,6 @@ from typing import Any
 
 from medfast.evals.encode import Embeddings
 from medfast.evals.metrics import KS, bootstrap_ci, recall_at
-from medfast.ops import paired_ranks
 
 
 def retrieval(embeddings: Embeddings) -> dict[str, Any]:
@@ -16,7 +15,7 @@ def retrieval(embeddings: Embeddings) -> dict[str, Any]:
     a miss.
     """
     n = len(embeddings.index)
-    image_to_text, text_to_image = paired_ranks(embeddings.image, embeddings.text)
+    image_to_text, text_to_image = embeddings.ranks
     both = {"image_to_text": image_to_text, "text_to_image": text_to_image}
     hits = {
         f"{direction}_R@{k}": recall_at(found, k) for direction, found in both.items() for k in KS

@@ -1,4 +1,4 @@
-"""Zero-shot classification: an image takes the class whose prompts lie nearest."""
+"""Zero-shot classification: an image takes the class whose prompts match it best."""
 
 from __future__ import annotations
 
@@ -8,22 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from medfast.evals.encode import Encoder
+from medfast.evals.features import Matchable
 from medfast.evals.metrics import bootstrap_ci
-
-
-def class_features(encoder: Encoder, prompts: Sequence[Sequence[str]]) -> Tensor:
-    """Return one unit feature per class [K, D]: the mean over the class's prompts."""
-    means = [encoder.texts(of_class).mean(0) for of_class in prompts]
-    return F.normalize(torch.stack(means), dim=-1)
 
 
 def zero_shot(
     encoder: Encoder,
-    images: Tensor,
+    images: Matchable,
     labels: Sequence[int],
     groups: Sequence[int],
     prompts: Sequence[Sequence[str]],
@@ -32,12 +25,13 @@ def zero_shot(
 
     Args:
         encoder: Embeds the prompts.
-        images: Unit image features [N, D].
+        images: Features of N images.
         labels: Class of each image, N.
         groups: Study of each image, N.
         prompts: Prompts of each class, K lists.
     """
-    predicted = (images @ class_features(encoder, prompts).T).argmax(1)
+    classes = [encoder.texts(of_class) for of_class in prompts]
+    predicted = images.class_scores(classes).argmax(1)
     correct = (predicted == torch.tensor(labels)).double()
     counts = torch.bincount(torch.tensor(labels), minlength=len(prompts))
     return {

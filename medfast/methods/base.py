@@ -20,11 +20,23 @@ class Method(nn.Module, ABC):
     Args:
         impl: Implementation of the ops, as in `medfast.ops`.
         group_positives: Count pairs of one study as positives of one another in global losses.
+
+    Attributes:
+        weights: Weight of each loss term by its name.
+        ops: The ops that compute the terms.
+        needs_tokens: The model must project patches and tokens too.
+        late_interaction: Evaluations score a pair by its patches and words, as `filip_scores`
+            does, and not by the cosine of its global features.
+        maps_title: Heading of what `word_maps` shows.
+        maps_note: What a weight of `word_maps` is, where that is not plain.
     """
 
     weights: ClassVar[dict[str, float]]
     ops: ClassVar[tuple[str, ...]]
     needs_tokens: ClassVar[bool] = False
+    late_interaction: ClassVar[bool] = False
+    maps_title: ClassVar[str] = "Word-to-patch attention"
+    maps_note: ClassVar[str] = ""
 
     def __init__(self, impl: str = "auto", group_positives: bool = False) -> None:
         super().__init__()
@@ -46,6 +58,15 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def forward(self, features: Features, batch: Batch) -> dict[str, Tensor]:
         """Return the loss terms by name, each an fp32 scalar, before `weights`."""
+
+    def word_maps(self, features: Features, batch: Batch) -> Tensor | None:
+        """Return the weights of each word on the patches of its own image, for the eye.
+
+        Returns:
+            [B, T, P] in fp32, whose rows sum to 1 where the caption has a word; None without
+            token features.
+        """
+        return None
 
     def positives(self, batch: Batch) -> Tensor | None:
         """Return the group ids [B] for the global loss, or None for the diagonal alone."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from medfast.data.loader import Batch
 from medfast.methods.clip import Clip
 from medfast.models.pair import Features
-from medfast.ops import local_alignment_loss
+from medfast.ops import local_alignment_loss, word_patch_attention
 
 
 class Local(Clip):
@@ -18,9 +18,10 @@ class Local(Clip):
     needs_tokens = True
 
     def forward(self, features: Features, batch: Batch) -> dict[str, Tensor]:
-        assert features.patches is not None  # because of needs_tokens
-        assert features.tokens is not None
-        local = local_alignment_loss(
-            features.patches, features.tokens, batch.word_mask, impl=self.impl
-        )
+        patches, tokens = features.local()
+        local = local_alignment_loss(patches, tokens, batch.word_mask, impl=self.impl)
         return {**super().forward(features, batch), "local": local}
+
+    def word_maps(self, features: Features, batch: Batch) -> Tensor:
+        patches, tokens = features.local()
+        return word_patch_attention(patches.float(), tokens.float(), batch.word_mask)

@@ -35,6 +35,12 @@ class Features:
     tokens: Tensor | None
     logit_scale: Tensor
 
+    def local(self) -> tuple[Tensor, Tensor]:
+        """Return patches and tokens of a model that was asked for them."""
+        assert self.patches is not None
+        assert self.tokens is not None
+        return self.patches, self.tokens
+
 
 class ImageTower(nn.Module):
     """A timm model that gives one global feature and a feature per patch.

@@ -65,6 +65,8 @@ def write_report(
     results: Sequence[Mapping[str, Any]],
     contact: Sequence[ContactExample] = (),
     attention: Sequence[AttentionExample] = (),
+    attention_title: str = "Word-to-patch attention",
+    attention_note: str = "",
     note: str = "",
 ) -> Path:
     """Write one run's report as a single HTML file that requests nothing from outside.
@@ -79,6 +81,8 @@ def write_report(
         results: Rows of `results.jsonl`. The last row of each evaluation counts.
         contact: Held-out pairs for the contact sheet.
         attention: Held-out images with the attention of every word.
+        attention_title: Heading of these; its first word names the section's anchor.
+        attention_note: What a weight on a patch is.
         note: What a reader must know before quoting a figure.
 
     Returns:
@@ -91,7 +95,7 @@ def write_report(
         _header(name, params, headline(results, validation), note),
         _section("Results", result_table(results)),
         _section("Curves", curves(training, validation)),
-        _section("Word-to-patch attention", _attention(attention)) if attention else "",
+        _section(text(attention_title), _attention(attention, attention_note)) if attention else "",
         _section("Held-out images", _contact(contact)) if contact else "",
         _section("Settings and provenance", _settings(params) + _provenance(results)),
         _section("Note", f"<p>{text(note)}</p>") if note else "",
@@ -153,13 +157,14 @@ def _header(name: str, params: Mapping[str, Any], summary: str, note: str) -> st
     )
 
 
-def _attention(examples: Sequence[AttentionExample]) -> str:
+def _attention(examples: Sequence[AttentionExample], note: str) -> str:
     strips = "".join(_strip(index, example) for index, example in enumerate(examples, start=1))
+    about = f" {text(note)}" if note else ""
     return (
         "<p>Each small picture shows where one word piece of the caption looks, in reading order, "
         "function words too. The number is its peak: the greatest weight on one patch, in "
         "multiples of an even spread. Colours reach up to that peak, but at least up to "
-        f"{LEAST_PEAK:g}{_TIMES}: a word that looks everywhere alike stays pale.</p>"
+        f"{LEAST_PEAK:g}{_TIMES}: a word that looks everywhere alike stays pale.{about}</p>"
         '<p class="scale quiet">no weight '
         f'<i style="background:linear-gradient(to right, {colour_scale()})"></i> peak</p>'
         f"{strips}"

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from medfast.evals.encode import Embeddings
+from medfast.evals.features import GlobalFeatures
 from medfast.evals.retrieval import retrieval
 from medfast.evals.two_choice import two_choice
 from medfast.evals.zero_shot import zero_shot
@@ -15,13 +16,17 @@ class TableEncoder:
         self.table = table
 
     def texts(self, texts):
-        return torch.stack([F.normalize(torch.tensor(self.table[t]), dim=0) for t in texts])
+        return _unit([self.table[t] for t in texts])
+
+
+def _unit(rows):
+    return GlobalFeatures(F.normalize(torch.tensor(rows), dim=-1))
 
 
 def test_retrieval_by_hand():
     # Caption 1 lies nearest to image 0 and caption 2 to image 1; pair 0 is right.
-    image = torch.eye(3)
-    text = F.normalize(torch.tensor([[1, 0, 0.1], [0.9, 0.3, 0.1], [0, 0.8, 0.6]]), dim=-1)
+    image = GlobalFeatures(torch.eye(3))
+    text = _unit([[1, 0, 0.1], [0.9, 0.3, 0.1], [0, 0.8, 0.6]])
     found = retrieval(Embeddings(image, text, torch.arange(3), torch.tensor([0, 0, 1])))
     assert found["n"] == 3
     assert found["metrics"]["text_to_image_R@1"] == pytest.approx(1 / 3)
@@ -35,7 +40,7 @@ def test_retrieval_by_hand():
 
 def test_zero_shot_by_hand():
     encoder = TableEncoder({"a": [1.0, 0.0], "also a": [1.0, 0.2], "b": [0.0, 1.0]})
-    images = F.normalize(torch.tensor([[1.0, 0.1], [0.2, 1.0], [0.9, 0.3], [1.0, 0.0]]), dim=-1)
+    images = _unit([[1.0, 0.1], [0.2, 1.0], [0.9, 0.3], [1.0, 0.0]])
     found = zero_shot(encoder, images, [0, 1, 1, 0], [0, 1, 2, 3], [["a", "also a"], ["b"]])
     assert found["metrics"]["accuracy"] == 0.75
     assert found["n"] == 4
@@ -46,14 +51,14 @@ def test_zero_shot_by_hand():
 
 def test_zero_shot_chance_is_the_most_frequent_class():
     encoder = TableEncoder({"a": [1.0, 0.0], "b": [0.0, 1.0]})
-    images = torch.eye(2).repeat(2, 1)
+    images = GlobalFeatures(torch.eye(2).repeat(2, 1))
     found = zero_shot(encoder, images, [0, 0, 0, 1], [0, 1, 2, 3], [["a"], ["b"]])
     assert found["chance"]["accuracy"] == 0.75
 
 
 def test_two_choice_by_hand_and_ties_are_wrong():
     encoder = TableEncoder({"left": [1.0, 0.0], "right": [0.0, 1.0]})
-    images = F.normalize(torch.tensor([[1.0, 0.1], [0.1, 1.0], [1.0, 1.0]]), dim=-1)
+    images = _unit([[1.0, 0.1], [0.1, 1.0], [1.0, 1.0]])
     found = two_choice(encoder, images, [0, 1, 2], ["left"] * 3, ["right"] * 3)
     assert found["metrics"]["accuracy"] == pytest.approx(1 / 3)
     assert found["chance"]["accuracy"] == 0.5

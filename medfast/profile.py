@@ -1,0 +1,220 @@
+"""`python -m medfast.profile`: what a fused loss saves in training steps, in time and memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medfast import cli
+from medfast.config import Impl, TrainConfig
+from medfast.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from medfast.data.loader import Batch
+    from medfast.trainer import Trainer
+
+# The first steps allocate, and choose among kernels.
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What the steps of one run took.
+
+    Attributes:
+        step_s: Median seconds of a step whose batch is there: towers, loss, gradients, update.
+        pairs_per_s: Pairs over the whole time, waiting for data included.
+        memory_mb: Most memory above what the process held before its first step, in MB.
+    """
+
+    step_s: float
+    pairs_per_s: float
+    memory_mb: float
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `python -m medfast.profile ...`."""
+
+    def command() -> None:
+        config, steps = cli.parse_profile(argv)
+        cli.log_to_console()
+        print(profile(config, steps))
+
+    cli.run(command, "medfast.profile")
+
+
+def profile(config: TrainConfig, steps: int) -> str:
+    """Return a table of `steps` training steps with the fused loss and with the reference.
+
+    Each variant runs in a fresh process, one after the other.
+
+    Raises:
+        UsageError: something that the user can mend.
+    """
+    from medfast.device import pick_device
+    from medfast.methods import method_class
+    from medfast.train import data_root
+
+    device = pick_device(config.device)
+    impls: tuple[Impl, Impl] = (config.fused_loss, "reference")
+    for impl in impls:
+        method_class(config.method)(impl, config.group_positives).check_impl(device)
+    data_root(config)  # writes the phantom, if need be, before any clock runs
+    fused, reference = (
+        _in_fresh_process(dataclasses.replace(config, fused_loss=impl), steps) for impl in impls
+    )
+    lines = [
+        f"{config.method} on {config.model}, {device}, {config.batch_size} pairs per step, "
+        f"precision {config.precision}; {steps} steps after {WARM_UP} of warm-up",
+        f"{'':<18}{f'fused: {impls[0]}':>14}{'reference':>14}{'difference':>14}",
+    ]
+    for title, name, form in (
+        ("step time, median", "step_s", "{:,.3f} s"),
+        ("pairs/s", "pairs_per_s", "{:,.1f}"),
+        ("peak memory", "memory_mb", "{:,.0f} MB"),
+    ):
+        a, b = getattr(fused, name), getattr(reference, name)
+        change = f"{a / b - 1:+.0%}" if b else "-"
+        lines.append(f"{title:<18}{form.format(a):>14}{form.format(b):>14}{change:>14}")
+    return "\n".join(lines)
+
+
+def measure(config: TrainConfig, steps: int) -> Measurement:
+    """Train `WARM_UP` + `steps` steps in this process and return what the latter took.
+
+    Raises:
+        UsageError: something that the user can mend.
+    """
+    with tempfile.TemporaryDirectory() as logs:
+        trainer = _trainer(dataclasses.replace(config, logs=logs, name="profile"))
+        device, batches = trainer.device, _batches(trainer)
+        before = _reset_peak(device)
+        for _ in range(WARM_UP):
+            trainer.train_step(next(batches).to(device))
+        seconds, pairs = [], 0
+        _synchronize(device)
+        started = time.perf_counter()
+        for _ in range(steps):
+            batch = next(batches).to(device)
+            _synchronize(device)
+            there = time.perf_counter()
+            trainer.train_step(batch)
+            _synchronize(device)
+            seconds.append(time.perf_counter() - there)
+            pairs += len(batch)
+        elapsed = time.perf_counter() - started
+        memory = _peak(device) - before
+    return Measurement(statistics.median(seconds), pairs / elapsed, memory / 1e6)
+
+
+def _in_fresh_process(config: TrainConfig, steps: int) -> Measurement:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(measure, config, steps).result()
+        except BrokenProcessPool:
+            raise UsageError(
+                f"--fused-loss {config.fused_loss}: its process was ended, as by a lack of "
+                "memory; lower --batch-size."
+            ) from None
+
+
+def _trainer(config: TrainConfig) -> Trainer:
+    """Return the trainer that `medfast train` would make for these settings."""
+    from medfast.data import read_split
+    from medfast.data.loader import Loader
+    from medfast.data.skipped import SkippedSamples
+    from medfast.device import pick_device
+    from medfast.methods import method_class
+    from medfast.models import PRESETS
+    from medfast.run_folder import RunFolder
+    from medfast.train import data_root, load_tokenizer, new_model
+    from medfast.trainer import Trainer
+
+    preset, device = PRESETS[config.model], pick_device(config.device)
+    method = method_class(config.method)(config.fused_loss, config.group_positives)
+    run = RunFolder.create(config)
+    records = read_split(config.source, data_root(config), "train")
+    tokenizer = load_tokenizer(config, records, run)
+    return Trainer(
+        config=config,
+        model=new_model(config, method, tokenizer, device).train(),
+        method=method,
+        loader=Loader(
+            records,
+            tokenizer,
+            preset.image_size,
+            config.batch_size,
+            preset.crop,
+            config.seed,
+            config.workers,
+        ),
+        run=run,
+        skipped=SkippedSamples(run.skipped, len(records), config.max_bad_samples),
+        device=device,
+        validate=dict,
+    )
+
+
+def _batches(trainer: Trainer) -> Iterator[Batch]:
+    """Yield batches with something to contrast, epoch after epoch.
+
+    Raises:
+        UsageError: an epoch has none.
+    """
+    epoch, usable = 0, True
+    while usable:
+        usable = False
+        for batch in trainer.loader.epoch(epoch):
+            trainer.skipped.add(batch.skipped)
+            if len(batch) >= 2:
+                usable = True
+                yield batch
+        epoch += 1
+    raise UsageError("no batch holds two usable training pairs, so there is nothing to time.")
+
+
+def _synchronize(device: torch.device) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _reset_peak(device: torch.device) -> int:
+    """Forget the peak so far; return the bytes in use: the GPU's allocated, else resident ones."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    """Return the most bytes in use since `_reset_peak`."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+if __name__ == "__main__":
+    main()
