@@ -11,7 +11,7 @@ namespace medfast {
 namespace {
 
 // Pairs whose maxima are gathered together.
-constexpr int64_t kTogether = 4;
+constexpr int64_t kTogether = 8;
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 struct Best {

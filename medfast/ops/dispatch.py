@@ -17,8 +17,8 @@ IMPLEMENTATIONS = {
     "clip_loss": ("triton", "cpu", "torch", "reference"),
     "siglip_loss": ("triton", "cpu", "torch", "reference"),
     "cyclip_loss": ("torch", "reference"),
-    "local_alignment_loss": ("cpu", "torch", "reference"),
-    "filip_loss": ("cpu", "torch", "reference"),
+    "local_alignment_loss": ("triton", "cpu", "torch", "reference"),
+    "filip_loss": ("triton", "cpu", "torch", "reference"),
     "sparc_loss": ("triton", "cpu", "torch", "reference"),
     "retrieval_rank": ("triton", "cpu", "torch", "reference"),
 }

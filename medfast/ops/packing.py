@@ -18,8 +18,9 @@ from medfast.ops import tiles
 from medfast.ops.matmul import matmul_into
 from medfast.ops.workspace import workspace_bytes
 
-# On a CPU, tiles that stay in cache and yet give efficient products: entries and columns.
-CPU_ENTRIES = 2**20
+# On a CPU, tiles that stay in cache and yet give efficient products: entries of all that are held
+# at once, and columns.
+CPU_ENTRIES = 2**23
 CPU_COLUMNS = 800
 
 
@@ -164,7 +165,7 @@ def plan(
     most = max(1, workspace_bytes() // (live * tiles.summable(patches).itemsize))
     wave = max(1, min(M, most // P))
     if patches.device.type == "cpu":
-        most = min(most, CPU_ENTRIES)
+        most = max(1, min(most, CPU_ENTRIES // live))
         wave = min(wave, max(1, CPU_COLUMNS // P))
     groups = list(pack(op, tokens, token_mask, block, most // (wave * P)))
     rows = max(len(words.places) for words in groups)

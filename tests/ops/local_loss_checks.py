@@ -173,7 +173,7 @@ class LocalLossChecks:
         monkeypatch.setenv("MEDFAST_WORKSPACE_MB", workspace)
         self.assert_as_close_as_eager(loss, self.inputs(*sizes, masked=True), rounds=self.rounds)
 
-    @pytest.mark.parametrize(("entries", "columns"), [(2000, 20), (300, 1), (5000, 1000)])
+    @pytest.mark.parametrize(("entries", "columns"), [(9000, 20), (1500, 1), (30_000, 1000)])
     def test_tiles_of_any_shape(self, loss, monkeypatch, entries, columns):
         monkeypatch.setattr(packing, "CPU_ENTRIES", entries)
         monkeypatch.setattr(packing, "CPU_COLUMNS", columns)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from local_loss_checks import Batch, LocalLossChecks, batch
 
-from medfast.ops import local_alignment_loss, local_alignment_scores, word_patch_attention
+from medfast.ops import dispatch, local_alignment_loss, local_alignment_scores, word_patch_attention
 from medfast.ops.local_alignment import api, chunked, reference
 from medfast.ops.local_alignment.autograd import pair_scores
 
@@ -132,6 +132,22 @@ def test_scores_name_themselves_in_errors():
     inputs = batch(3, 4, 5, 8)
     with pytest.raises(ValueError, match=r"local_alignment_scores: patches must be \[M, P, D\]"):
         local_alignment_scores(*Batch(inputs.patches[0], *inputs[1:])[:3])
+
+
+def test_captions_beyond_the_tiles_of_triton(monkeypatch):
+    """Asked for by name it is refused, chosen it is replaced."""
+    monkeypatch.setattr(dispatch, "_why_not_triton", lambda features: None)
+    chosen = []
+    choose = dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda *a: chosen.append(choose(*a)) or "triton")
+    patches, tokens, token_mask, _ = batch(2, 3, 1025, 4)
+    with pytest.raises(RuntimeError, match="up to 1025 words, its tiles room for 1024"):
+        local_alignment_loss(patches, tokens, token_mask, impl="triton")
+    torch.testing.assert_close(
+        local_alignment_loss(patches, tokens, token_mask),
+        reference.local_alignment_loss(patches, tokens, token_mask),
+    )
+    assert chosen[0] == "triton"
 
 
 def test_the_example_in_the_docstring():

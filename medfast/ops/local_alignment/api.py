@@ -10,6 +10,8 @@ from medfast.ops.local_alignment import reference
 from medfast.ops.local_alignment.autograd import pair_scores
 
 _OP = "local_alignment_loss"
+# Triton's tiles hold all words of a caption.
+_MOST_TRITON_WORDS = 1024
 
 
 def local_alignment_loss(
@@ -157,7 +159,7 @@ def _scores(
     patches, tokens = dispatch.autocast(patches, tokens)
     attention = dispatch.as_scalar(op, "temp_attention", temp_attention, patches)
     words = dispatch.as_scalar(op, "temp_words", temp_words, patches)
-    chosen = dispatch.choose(_OP, impl, patches)
+    chosen = _choose(op, impl, patches, tokens.shape[1])
     with torch.autocast(patches.device.type, enabled=False):
         if chosen == "reference":
             return reference.local_alignment_scores(
@@ -169,3 +171,15 @@ def _scores(
                 temp_words=words,
             )
         return pair_scores(patches, tokens, token_mask, patch_mask, attention, words, chosen)
+
+
+def _choose(op: str, impl: str, patches: Tensor, words: int) -> str:
+    chosen = dispatch.choose(_OP, impl, patches)
+    if chosen != "triton" or words <= _MOST_TRITON_WORDS:
+        return chosen
+    if impl == "auto":
+        return "torch"
+    raise RuntimeError(
+        f"{op}: impl='triton' cannot run here: the captions have up to {words} words, its tiles "
+        f"room for {_MOST_TRITON_WORDS}. Use impl='torch' or impl='auto'."
+    )

@@ -157,7 +157,7 @@ def kept_entries(patches: Tensor, tokens: Tensor) -> int:
     """
     if patches.device.type != "cpu":
         return 0
-    spare = workspace_bytes() // tiles.summable(patches).itemsize - _LIVE * packing.CPU_ENTRIES
+    spare = workspace_bytes() // tiles.summable(patches).itemsize - packing.CPU_ENTRIES
     return max(0, min(spare, 2 * tokens[..., 0].numel() * patches[..., 0].numel()))
 
 

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from medfast.ops.local_alignment import chunked
 from medfast.ops.local_alignment.reference import MIN_NORM
 from medfast.ops.triton_tiles import (
     LOG2E,
@@ -59,8 +58,6 @@ _SHAPES = {
 }
 # Under the interpreter: small, so that small inputs have many tiles, and not square.
 _INTERPRETED = Shape(16, 32, 16, warps=4, stages=1)
-# A tile has room for all words of a caption; beyond this many it is left to plain PyTorch.
-_MOST_WORDS = 1024
 _MIN_NORM = tl.constexpr(MIN_NORM)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 # Up to this temperature exponentials of all attentions, which are between 0 and 1, fit a dtype, and
@@ -96,9 +93,6 @@ def forward(
     """
     inputs = (patches, tokens, token_mask, patch_mask)
     temps = (temp_attention.float(), temp_words.float())
-    if tokens.shape[1] > _MOST_WORDS:
-        nothing = patches.new_empty(0, dtype=torch.float32)
-        return chunked.forward(*inputs, nothing, chunked.Passes(*temps))
     batch = _Batch(*inputs)
     M, P, D = batch.patches.shape
     grams = batch.patches @ batch.patches.mT
@@ -150,9 +144,6 @@ def backward(
     """
     inputs = (patches, tokens, token_mask, patch_mask)
     temps = (temp_attention.float(), temp_words.float())
-    if tokens.shape[1] > _MOST_WORDS:
-        nothing = scores.new_empty(0)
-        return chunked.backward(d_scores, scores, *inputs, nothing, chunked.Passes(*temps))
     batch = _Batch(*inputs)
     packed, shape = batch.packed, batch.shape
     M, P, D = batch.patches.shape
@@ -229,12 +220,11 @@ def backward(
             # The Gram matrix is symmetric: the kernel has doubled the gradient of |c|^2.
             d_patches[start:stop].mul_(units[0]).baddbmm_(d_grams.mul_(units[1]), wave.float())
     d_patches = d_patches[:, : patches.shape[1], : patches.shape[2]].contiguous()
-    d_temp_attention, d_temp_words = d_temps.float().unbind()
     return (
         d_patches,
         packed.unpack(d_words, tokens).mul_(units[0]),
-        d_temp_attention * units[0],
-        d_temp_words,
+        d_temps[0].float() * units[0],
+        d_temps[1].float(),
     )
 
 
