@@ -1,5 +1,5 @@
 # `make demo`: from a clone to a trained, evaluated model. `make test`: the tests. `make lint`: style
-# and types. `make bench`: the benchmarks, about ten minutes. `make slow`: what takes longer.
+# and types. `make bench`: the benchmarks, a quarter of an hour. `make slow`: what takes longer.
 # A file in .venv marks each finished installation, so that it is not repeated.
 PYTHON ?= python3
 VENV := .venv

@@ -21,6 +21,8 @@ _RESULTS = ("loss", "d_image", "d_text", "d_scale")
 # What the README shows of them.
 _README_ERRORS = ("loss", "d_image")
 _MARK, _END_MARK = "<!-- benchmarks: ", "<!-- end of benchmarks -->"
+# Ops of which the README shows every comparison with a peer.
+_README_OPS = ("local_alignment_loss", "filip_loss", "sparc_loss")
 # What the picture leaves out, or it would be crowded.
 _NOT_DRAWN = ("medfast torch*", "*compiled")
 
@@ -64,6 +66,10 @@ def readme_part(files: Sequence[str], folder: Path = results.FOLDER) -> str:
             size_table(family, "median_s"),
             f"![time and peak memory against the batch size](benchmarks/results/{_file(machine)})",
         ]
+        for comparison in comparisons:
+            peers = [row for row in _measured(comparison) if not row["own"]]
+            if comparison["op"] in _README_OPS and peers:
+                parts += [f"{_title(comparison)}:", comparison_table(comparison)]
         for result in one:
             if result["name"] == "errors":
                 parts += errors_tables(result, "", _README_ERRORS)
@@ -99,7 +105,7 @@ def comparison_table(comparison: Comparison) -> str:
     rows = _measured(comparison)
     base = next((row for row in rows if not row["own"]), rows[0])
     head = ["variant", "time", "p20 to p80", f"{base['variant']} / this"]
-    head += ["TFLOP/s", "% of torch.mm", "peak memory"]
+    head += ["TFLOP/s", "% of torch.mm", "peak memory", "largest error"]
     lines = []
     for row in rows:
         spread = f"{quantity(row['p20_s'])} to {quantity(row['p80_s'])}"
@@ -113,6 +119,7 @@ def comparison_table(comparison: Comparison) -> str:
                 f"{row['tflops']:.3g}",
                 f"{row['percent_of_mm']:.0f}",
                 _text(row.get("peak_bytes"), "peak_bytes"),
+                f"{max(row['errors'].values()):.1e}" if row.get("errors") else "-",
             ]
         )
     return _markdown(head, lines)

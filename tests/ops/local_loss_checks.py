@@ -1,5 +1,6 @@
 """What every loss of patches and words promises, as tests that the classes of its op inherit."""
 
+import collections
 import itertools
 from typing import NamedTuple
 
@@ -57,6 +58,7 @@ class LocalLossChecks:
 
     name = ""
     scalars: dict = {}  # noqa: RUF012
+    known = collections.deque(maxlen=100)  # noqa: RUF012
     # The first scalar is an argument of its own, the others are keywords.
     is_positional = True
     device = "cpu"
@@ -113,6 +115,22 @@ class LocalLossChecks:
         value = self.call(fn, (*features, *inputs[2:]), scalars)
         return [value.detach(), *torch.autograd.grad(value, features + scalars)]
 
+    def expected(self, inputs, scalars):
+        """Return the reference's results in fp64 and in the features' dtype, the last time's too.
+
+        Implementations take turns at the same inputs.
+        """
+        key = [*(t if t is None else t.clone() for t in inputs), scalars, self.reference]
+        for known, found in self.known:
+            if all(_is_same(a, b) for a, b in zip(known, key, strict=True)):
+                return found
+        found = [
+            self.loss_and_grads(self.reference, inputs, dtype, scalars)
+            for dtype in (torch.float64, None)
+        ]
+        self.known.append((key, found))
+        return found
+
     def assert_as_close_as_eager(self, fn, inputs, scalars=None, rounds=False):
         """The error against fp64, in norm, is at most twice that of eager in the same dtype.
 
@@ -120,8 +138,7 @@ class LocalLossChecks:
         sum. `rounds` says that products take operands of the features' dtype: eager then is the
         formula in that dtype throughout.
         """
-        truth = self.loss_and_grads(self.reference, inputs, torch.float64, scalars)
-        eager = self.loss_and_grads(self.reference, inputs, None, scalars)
+        truth, eager = self.expected(inputs, scalars)
         found = self.loss_and_grads(fn, inputs, None, scalars)
         names = ("loss", "d_patches", "d_tokens", *(f"d_{name}" for name in self.scalars))
         dtype = inputs.patches.dtype
@@ -397,8 +414,9 @@ class LocalLossChecks:
         grads = torch.autograd.grad(value, leaves)
         assert all(grad.dtype == torch.float32 for grad in grads)
 
-    @pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
-    @pytest.mark.parametrize("dynamic", [False, True])
+    @pytest.mark.parametrize(
+        ("impl", "dynamic"), [("auto", False), ("torch", True), ("reference", False)]
+    )
     def test_compiles_to_one_graph(self, impl, dynamic):
         torch.compiler.reset()
         compiled = torch.compile(
@@ -521,6 +539,12 @@ class LocalLossChecks:
         torch.cuda.synchronize()
         for a, b in zip(found, want, strict=True):
             assert torch.equal(a.detach(), b)
+
+
+def _is_same(a, b):
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+    return a is b or a == b
 
 
 def _second(rows):
