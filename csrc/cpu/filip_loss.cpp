@@ -5,13 +5,17 @@
 #include <limits>
 #include <vector>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include "bf16.h"
 
 namespace medfast {
 namespace {
 
-// Pairs whose maxima are gathered together.
-constexpr int64_t kTogether = 8;
+// Pairs whose maxima are gathered together: their features stay in the second-level cache.
+constexpr int64_t kTogether = 4;
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 struct Best {
@@ -71,6 +75,14 @@ MEDFAST_KERNEL void maxima_of_pair(const float* similarity, int64_t stride, cons
   *text_to_image = of_words / static_cast<float>(n);
   if (best_word != nullptr)
     for (int64_t p = 0; p < patches; ++p) best_word[p] = static_cast<Index>(places[p]);
+}
+
+int64_t threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
 }
 
 // A feature that a maximum came from, times the gradient of that maximum.
@@ -174,29 +186,38 @@ void filip_loss_gradient(const FilipFeatures& sizes, const Feature* words, const
     sort_by_destination(from, count, sorted, starts);
     run<add_sources<Feature>>(sorted.data(), starts.data(), count, D, to);
   };
+  const int64_t least = 2 * threads();
+  const int64_t blocks = std::min(
+      sizes.captions, std::max(least, (sizes.captions + kTogether - 1) / kTogether));
 #pragma omp parallel
   {
     Sources<Feature> from, sorted;
     std::vector<int32_t> starts;
     if (d_words != nullptr) {
+      // An image's patches are loaded into cache once for the captions of a block. Which captions
+      // these are does not change the order of any sum.
 #pragma omp for schedule(dynamic)
-      for (int64_t c = 0; c < sizes.captions; ++c) {
-        float* const to = d_words + sizes.starts[c] * D;
-        std::fill(to, d_words + sizes.starts[c + 1] * D, 0.0f);
-        for (int64_t j = 0; j < sizes.images; j += kTogether) {
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t first = b * sizes.captions / blocks;
+        const int64_t last = (b + 1) * sizes.captions / blocks;
+        const int64_t row = sizes.starts[first];
+        float* const to = d_words + row * D;
+        std::fill(to, d_words + sizes.starts[last] * D, 0.0f);
+        for (int64_t j = 0; j < sizes.images; ++j) {
+          const Feature* rows = patches + j * P * D;
           from.clear();
-          for (int64_t i = j; i < std::min(j + kTogether, sizes.images); ++i) {
-            const Feature* rows = patches + i * P * D;
+          for (int64_t c = first; c < last; ++c) {
+            const int32_t start = static_cast<int32_t>(sizes.starts[c] - row);
             each(
-                c, i,
+                c, j,
                 [&](int64_t t, int64_t p, float weight) {
-                  from.push_back({static_cast<int32_t>(t), weight, rows + p * D});
+                  from.push_back({start + static_cast<int32_t>(t), weight, rows + p * D});
                 },
                 [&](int64_t p, int64_t t, float weight) {
-                  from.push_back({static_cast<int32_t>(t), weight, rows + p * D});
+                  from.push_back({start + static_cast<int32_t>(t), weight, rows + p * D});
                 });
           }
-          add_all(from, sorted, starts, sizes.starts[c + 1] - sizes.starts[c], to);
+          add_all(from, sorted, starts, sizes.starts[last] - row, to);
         }
       }
     }

@@ -85,15 +85,9 @@ def tile_of(precision: str, architecture: int) -> Tile:
 
 def launch_parameters(features: Tensor) -> tuple[Tile, dict[str, Any]]:
     """Return the tile for `features` [B, D] and the keyword arguments that launch it."""
-    if features.dtype != torch.float32:
-        precision = "half"
-    else:
-        # As torch.mm, and whichever way the user set it: get_float32_matmul_precision raises after
-        # this setting was used.
-        is_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        precision = "tf32" if is_tf32 else "ieee"
+    precision = precision_of(features)
     device = features.device
-    tile = tile_of(precision, _architecture(device)) if features.is_cuda else _INTERPRETED
+    tile = tile_of(precision, architecture_of(device)) if features.is_cuda else _INTERPRETED
     return tile, constants(tile, precision)
 
 
@@ -109,8 +103,18 @@ def constants(tile: Tile, precision: str) -> dict[str, Any]:
     }
 
 
+def precision_of(features: Tensor) -> str:
+    """Return how the features are multiplied: "half", "tf32" or "ieee"."""
+    if features.dtype != torch.float32:
+        return "half"
+    # As torch.mm, and whichever way the user set it: get_float32_matmul_precision raises after
+    # this setting was used.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
 @functools.cache
-def _architecture(device: torch.device) -> int:
+def architecture_of(device: torch.device) -> int:
+    """Return 80, 90 or 100, whose tables of tiles suit the device."""
     major, _ = torch.cuda.get_device_capability(device)
     # 12 is newer than 10 but has the instructions and the shared memory of 8.
     return major * 10 if major in (9, 10) else 80
@@ -355,3 +359,21 @@ def total_of(sums, BLOCK_M: tl.constexpr):
     """Return the total of a tile's sums over its rows."""
     # Reshaped since Triton 3.6 fails to compile a sum of sums for sm_100.
     return tl.sum(tl.reshape(sums, (BLOCK_M // 32, 32)))
+
+
+@triton.jit
+def log1p(x):
+    """Return log(1 + x) for x in [0, 1], relatively as exact as fp32, however small x is.
+
+    A minimax polynomial: log(1 + x) itself rounds to 0 below 2^-24, where the losses of the many
+    pairs that do not belong together lie.
+    """
+    p = x * 0.005232691299170256 - 0.029505226761102676
+    p = p * x + 0.07822593301534653
+    p = p * x - 0.13663244247436523
+    p = p * x + 0.19106006622314453
+    p = p * x - 0.2484298199415207
+    p = p * x + 0.3331909775733948
+    p = p * x - 0.4999949336051941
+    p = p * x + 0.9999999403953552
+    return p * x

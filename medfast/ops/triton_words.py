@@ -9,7 +9,6 @@ Letters: N captions of T tokens, Q pieces, W words, M images of P patches, D fea
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from medfast.ops.triton_tiles import LOG2E, operand, tile_product
+from medfast.ops.triton_tiles import LOG2E, architecture_of, operand, precision_of, tile_product
 from medfast.ops.workspace import workspace_bytes
 
 # Arguments that change from call to call: no kernel is compiled anew for another value.
@@ -75,23 +74,6 @@ _PRODUCTS = {
     ("ieee", 100): Shape(64, 64, 16, warps=4, stages=3),
 }
 _INTERPRETED_PRODUCT = Shape(32, 64, 16, warps=4, stages=1)
-
-
-def precision_of(features: Tensor) -> str:
-    """Return how the features are multiplied: "half", "tf32" or "ieee"."""
-    if features.dtype != torch.float32:
-        return "half"
-    # As torch.mm, and whichever way the user set it: get_float32_matmul_precision raises after
-    # this setting was used.
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-@functools.cache
-def architecture_of(device: torch.device) -> int:
-    """Return 80, 90 or 100, whose table of shapes suits the device."""
-    major, _ = torch.cuda.get_device_capability(device)
-    # 12 is newer than 10 but has the instructions and the shared memory of 8.
-    return major * 10 if major in (9, 10) else 80
 
 
 def programs_on(device: torch.device, shape: Shape) -> int:

@@ -529,4 +529,4 @@ triton, tl = triton_tiles.triton, triton_tiles.tl
 def _log1p_kernel(x_ptr, out_ptr, N, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offs, mask=offs < N, other=0.0)
-    tl.store(out_ptr + offs, siglip._log1p(x), mask=offs < N)
+    tl.store(out_ptr + offs, triton_tiles.log1p(x), mask=offs < N)

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from medfast.ops.filip import chunked
 from medfast.ops.triton_tiles import (
+    architecture_of,
     chunks,
     gradient_boost,
     on_device,
     operand,
+    precision_of,
     side_by_side,
 )
 from medfast.ops.triton_words import (
@@ -28,12 +30,10 @@ from medfast.ops.triton_words import (
     Shape,
     add_sums_over_words,
     add_word_products,
-    architecture_of,
     by_slot,
     constants,
     gradient_chunk,
     pack,
-    precision_of,
     programs_on,
     rows_of,
     similarities,

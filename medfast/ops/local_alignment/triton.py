@@ -17,10 +17,12 @@ from torch import Tensor
 from medfast.ops.local_alignment.reference import MIN_NORM
 from medfast.ops.triton_tiles import (
     LOG2E,
+    architecture_of,
     chunks,
     gradient_boost,
     on_device,
     operand,
+    precision_of,
     side_by_side,
 )
 from medfast.ops.triton_words import (
@@ -30,13 +32,11 @@ from medfast.ops.triton_words import (
     Shape,
     add_sums_over_words,
     add_word_products,
-    architecture_of,
     by_slot,
     constants,
     gradient_chunk,
     over_words,
     pack,
-    precision_of,
     programs_on,
     rows_of,
     similarities,

@@ -23,6 +23,7 @@ from medfast.ops.triton_tiles import (
     is_own,
     is_plain,
     launch_parameters,
+    log1p,
     on_device,
     operand,
     row_chunk,
@@ -167,7 +168,7 @@ def _siglip_loss_kernel(
             # At -inf neither the loss nor the gradient is anything but 0.
             logits = tl.where(inside, tl.where(own, -logits, logits), -float("inf"))
         decay = tl.exp2(tl.abs(logits) * -LOG2E)
-        losses += tl.sum(tl.maximum(logits, 0.0) + _log1p(decay), 1)
+        losses += tl.sum(tl.maximum(logits, 0.0) + log1p(decay), 1)
         gradient = tl.where(logits >= 0.0, 1.0, decay) / (1.0 + decay)
         if plain == 0:
             own = is_own(row, column + k * WIDTH, offset, BLOCK_M, WIDTH)
@@ -183,21 +184,3 @@ def _siglip_loss_kernel(
     tl.store(sums_ptr + program, total_of(losses, BLOCK_M))
     tl.store(sums_ptr + programs + program, total_of(gradients, BLOCK_M))
     tl.store(sums_ptr + 2 * programs + program, total_of(weighted, BLOCK_M))
-
-
-@triton.jit
-def _log1p(x):
-    """Return log(1 + x) for x in [0, 1], relatively as exact as fp32, however small x is.
-
-    A minimax polynomial: log(1 + x) itself rounds to 0 below 2^-24, where the losses of the many
-    pairs that do not belong together lie.
-    """
-    p = x * 0.005232691299170256 - 0.029505226761102676
-    p = p * x + 0.07822593301534653
-    p = p * x - 0.13663244247436523
-    p = p * x + 0.19106006622314453
-    p = p * x - 0.2484298199415207
-    p = p * x + 0.3331909775733948
-    p = p * x - 0.4999949336051941
-    p = p * x + 0.9999999403953552
-    return p * x

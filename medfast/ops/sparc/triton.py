@@ -18,9 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from medfast.ops import tiles
-from medfast.ops.siglip.triton import _log1p
 from medfast.ops.sparc import reference
-from medfast.ops.triton_tiles import launch_parameters, on_device, operand
+from medfast.ops.triton_tiles import launch_parameters, log1p, on_device, operand
 from medfast.ops.workspace import workspace_bytes
 
 CONSTANT = tl.constexpr(reference.CONSTANT)
@@ -941,7 +940,7 @@ def _scaled(ptrs, mask, factor_ptrs, most, mask_t):
 @triton.jit
 def _softplus(x):
     """Return log(1 + e^x), relatively exact where it is small."""
-    return tl.maximum(x, 0.0) + _log1p(tl.exp(-tl.abs(x)))
+    return tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))
 
 
 @triton.jit
