@@ -5,10 +5,11 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from medfast.device import forget_peak_memory, peak_memory
 
 # Processes are forked from a server that has imported these and computed nothing yet: what a call
 # allocates and keeps (scratch of the matrix products) counts, what importing takes does not.
@@ -18,24 +19,20 @@ _PRELOAD = ["benchmarks.peers", "open_clip.loss"]
 def cuda_growth(call: Callable[[], Any]) -> int:
     """Return by how many bytes the GPU's allocated memory rises at most during a call."""
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
+    growth = _growth(call, torch.device("cuda"))
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return growth
 
 
 def resident_growth(call: Callable[[], Any]) -> int:
-    """Return by how many bytes this process's resident memory rises at most during a call.
+    """Return by how many bytes this process's resident memory rises at most during a call."""
+    return _growth(call, torch.device("cpu"))
 
-    The kernel keeps the highest value, to a fraction of a MiB; writing 5 to clear_refs sets it back
-    to the present one.
-    Allocators, libraries and threads all count, as they do when a machine runs out of memory.
-    """
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+
+def _growth(call: Callable[[], Any], device: torch.device) -> int:
+    before = forget_peak_memory(device)
     call()
-    return _status("VmHWM") - before
+    return peak_memory(device) - before
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -60,8 +57,3 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def _send(there: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     there.send(function(*arguments))
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))

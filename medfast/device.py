@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -45,3 +46,29 @@ def peak_memory_mb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def forget_peak_memory(device: torch.device) -> int:
+    """Forget the peak so far; return the bytes in use: the GPU's allocated, else resident ones.
+
+    On a CPU it needs Linux, whose kernel keeps the highest value, to a fraction of a MiB; writing 5
+    to clear_refs sets it back to the present one. Allocators, libraries and threads all count, as
+    they do when a machine runs out of memory.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return _resident("VmRSS")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes in use since `forget_peak_memory`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _resident("VmHWM")
+
+
+def _resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))

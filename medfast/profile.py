@@ -11,7 +11,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medfast import cli
@@ -96,10 +95,12 @@ def measure(config: TrainConfig, steps: int) -> Measurement:
     Raises:
         UsageError: something that the user can mend.
     """
+    from medfast.device import forget_peak_memory, peak_memory
+
     with tempfile.TemporaryDirectory() as logs:
         trainer = _trainer(dataclasses.replace(config, logs=logs, name="profile"))
         device, batches = trainer.device, _batches(trainer)
-        before = _reset_peak(device)
+        before = forget_peak_memory(device)
         for _ in range(WARM_UP):
             trainer.train_step(next(batches).to(device))
         seconds, pairs = [], 0
@@ -114,7 +115,7 @@ def measure(config: TrainConfig, steps: int) -> Measurement:
             seconds.append(time.perf_counter() - there)
             pairs += len(batch)
         elapsed = time.perf_counter() - started
-        memory = _peak(device) - before
+        memory = peak_memory(device) - before
     return Measurement(statistics.median(seconds), pairs / elapsed, memory / 1e6)
 
 
@@ -189,31 +190,6 @@ def _synchronize(device: torch.device) -> None:
 
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _reset_peak(device: torch.device) -> int:
-    """Forget the peak so far; return the bytes in use: the GPU's allocated, else resident ones."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _peak(device: torch.device) -> int:
-    """Return the most bytes in use since `_reset_peak`."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 if __name__ == "__main__":

@@ -59,6 +59,15 @@ class Words:
         return torch.cat([block.captions for block in self.blocks])
 
     @functools.cached_property
+    def caption_of_row(self) -> Tensor:
+        """The place of each row's caption in `captions`, [N]."""
+        places = torch.arange(len(self.captions), device=self.places.device)
+        parts = places.split([len(block.captions) for block in self.blocks])
+        return torch.cat(
+            [part.repeat_interleave(b.length) for part, b in zip(parts, self.blocks, strict=True)]
+        )
+
+    @functools.cached_property
     def starts(self) -> Tensor:
         """The first row of each caption, and the number of rows, int64 on the CPU."""
         starts = [row for b in self.blocks for row in range(b.rows.start, b.rows.stop, b.length)]

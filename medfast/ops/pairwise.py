@@ -42,6 +42,11 @@ def row_cross_entropy(logits: Tensor) -> Tensor:
     return softplus(_others(logits).logsumexp(1) - logits.diagonal()).mean()
 
 
+def two_way_cross_entropy(scores: Tensor, scores_back: Tensor) -> Tensor:
+    """Return the mean of `row_cross_entropy` of the scores of either direction."""
+    return (row_cross_entropy(scores) + row_cross_entropy(scores_back)) / 2
+
+
 def cross_entropy_of_sums(diagonal: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Return the loss from each pair's own logit and its log-sum-exps over the others, all [B]."""
     return (softplus(rows - diagonal) + softplus(columns - diagonal)).mean() / 2

@@ -63,19 +63,9 @@ def filip_loss(
         0.3133
     """
     dispatch.check_patches_and_tokens(_OP, patches, tokens, token_mask, patch_mask)
-    patches, tokens = dispatch.autocast(patches, tokens)
     scale = dispatch.as_scalar(_OP, "logit_scale", logit_scale, patches)
-    chosen = dispatch.choose(_OP, impl, patches)
-    with torch.autocast(patches.device.type, enabled=False):
-        if chosen == "reference":
-            return reference.filip_loss(patches, tokens, token_mask, scale, patch_mask=patch_mask)
-        image_to_text, text_to_image = late_interaction(
-            patches, tokens, token_mask, patch_mask, impl=chosen
-        )
-        return (
-            pairwise.row_cross_entropy(scale * image_to_text)
-            + pairwise.row_cross_entropy(scale * text_to_image)
-        ) / 2
+    image_to_text, text_to_image = _scores(patches, tokens, token_mask, patch_mask, impl)
+    return pairwise.two_way_cross_entropy(scale * image_to_text, scale * text_to_image)
 
 
 def filip_scores(
@@ -104,6 +94,12 @@ def filip_scores(
     """
     op = "filip_scores"
     dispatch.check_patches_and_tokens(op, patches, tokens, token_mask, patch_mask, paired=False)
+    return _scores(patches, tokens, token_mask, patch_mask, impl)
+
+
+def _scores(
+    patches: Tensor, tokens: Tensor, token_mask: Tensor, patch_mask: Tensor | None, impl: str
+) -> tuple[Tensor, Tensor]:
     patches, tokens = dispatch.autocast(patches, tokens)
     chosen = dispatch.choose(_OP, impl, patches)
     with torch.autocast(patches.device.type, enabled=False):

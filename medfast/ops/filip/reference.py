@@ -19,10 +19,7 @@ def filip_loss(
 ) -> Tensor:
     """Return the loss over all pairs; see `medfast.ops.filip_loss`."""
     image_to_text, text_to_image = filip_scores(patches, tokens, token_mask, patch_mask=patch_mask)
-    return (
-        pairwise.row_cross_entropy(logit_scale * image_to_text)
-        + pairwise.row_cross_entropy(logit_scale * text_to_image)
-    ) / 2
+    return pairwise.two_way_cross_entropy(logit_scale * image_to_text, logit_scale * text_to_image)
 
 
 def filip_scores(

@@ -78,8 +78,7 @@ class Passes:
         """
         tiny = torch.finfo(scores.dtype).tiny
         cosines, norms = self._cosines(tile)
-        lengths = [torch.full_like(b.captions, b.length) for b in tile.words.blocks]
-        caption = torch.repeat_interleave(torch.cat(lengths))
+        caption = tile.words.caption_of_row
         # A word takes the share of its caption's gradient that it has in the log-sum-exp.
         share = torch.exp(cosines * self.temp_words - scores[caption]).mul_(d_scores[caption])
         share.index_fill_(0, tile.words.padding, 0)

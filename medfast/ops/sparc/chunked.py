@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medfast.ops import tiles
+from medfast.ops import packing, tiles
 from medfast.ops.packing import valid
 from medfast.ops.pairwise import softplus
 from medfast.ops.sparc.reference import CONSTANT, MIN_NORM
@@ -27,7 +27,7 @@ class Pairs:
     captions: Tensor  # [b] numbers in the batch
     words: Tensor  # [b, t, D], in the dtype of sums, zeros in padding
     word_mask: Tensor  # [b, t], true for the first of each row
-    places: Tensor  # [b, t] in tokens [B * T]
+    places: Tensor  # [b * t] in tokens [B * T]
     patches: Tensor  # [b, P, D], likewise
     patch_mask: Tensor  # [b, P]
 
@@ -79,9 +79,8 @@ def forward(
         d_words.baddbmm_(d_similarity, pairs.patches)
         d_here = weights.mT @ d_contexts
         d_patches[pairs.captions] = d_here.baddbmm_(d_similarity.mT, pairs.words)
-        d_tokens.view(-1, d_tokens.shape[2])[pairs.places[pairs.word_mask]] = d_words[
-            pairs.word_mask
-        ]
+        # In padding it is 0.
+        d_tokens.view(-1, d_tokens.shape[2])[pairs.places] = d_words.flatten(0, 1)
     return losses.mean(), d_patches, d_tokens, d_scale
 
 
@@ -92,25 +91,17 @@ def _walk(
     (B, P, D), T = patches.shape, tokens.shape[1]
     if patch_mask is None:
         patch_mask = torch.ones(B, P, dtype=torch.bool, device=patches.device)
-    lengths, order = token_mask.sum(1).sort(descending=True, stable=True)
-    valid_first = (~token_mask).to(torch.uint8).argsort(dim=1, stable=True)
     # A pair's products of words with patches, words and features, and the patches themselves.
     entries = (T + P) * max(T, P, D)
     most = workspace_bytes() // (_LIVE * entries * tiles.summable(patches).itemsize)
     if patches.device.type == "cpu":
         most = min(most, _CPU_CAPTIONS)
-    longest_first = lengths.tolist()
-    if longest_first[-1] == 0:  # the check before the op cannot look into a compiled graph
-        raise ValueError(
-            f"sparc_loss: caption {order[-1].item()} has no valid word. Leave it out of the batch."
-        )
-    for part in tiles.blocks(B, max(1, most)):
-        captions = order[part]
-        places = valid_first[captions, : longest_first[part.start]] + captions[:, None] * T
-        word_mask = token_mask.flatten()[places]
-        words = valid(tokens.flatten(0, 1)[places], word_mask)
+    for words in packing.pack("sparc_loss", tokens, token_mask, max(1, most), most_rows=0):
+        captions = words.captions
+        mask = token_mask.flatten()[words.places].view(len(captions), -1)
+        features = words.features.to(tiles.summable(tokens)).view(*mask.shape, D)
         wave = valid(patches[captions], patch_mask[captions])
-        yield Pairs(captions, words, word_mask, places, wave, patch_mask[captions])
+        yield Pairs(captions, features, mask, words.places, wave, patch_mask[captions])
 
 
 def _align(similarity: Tensor, pairs: Pairs, threshold: float | None) -> Tensor:
