@@ -1,21 +1,16 @@
 """The kernels over all pairs of tokens: what they compute, and what they compile to."""
 
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("triton")
-
-import triton
-from test_triton_kernels import ARCHITECTURES, NAMES, REGISTERS, SHARED, _assert_fits
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton_harness import (
+    ARCHITECTURES,
+    NAMES,
+    REGISTERS,
+    SHARED,
+    Numerics,
+    assert_fits,
+    compile_kernel,
+)
 
 from medfast.ops import triton_words
 from medfast.ops.filip import triton as filip
@@ -55,21 +50,14 @@ OTHER_POINTERS = dict.fromkeys(
 ) | dict.fromkeys(("mask_ptr", "best_patch_ptr", "best_word_ptr"), "u8")
 # Widths that are multiples of 16. Those of FILIP's patches are not.
 ALIGNED = {"D", "E", "stride", "width", "left_stride", "right_stride"}
-# Kernels are bound to the interpreter, or to a GPU, when they are imported: a process of its own.
-_NUMERICS = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-W", "ignore::RuntimeWarning"]
-_NUMERICS += ["-p", "no:cacheprovider", str(Path(__file__).with_name("triton_token_numerics.py"))]
+NUMERICS = Numerics("triton_token_numerics.py")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreter_run():
     """The numerical tests under the interpreter, which run beside this module's other tests."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile("w+") as output:
-        run = subprocess.Popen(_NUMERICS, env=environment, stdout=output, stderr=output, text=True)
-        run.stdout = output
+    with NUMERICS.interpreted() as run:
         yield run
-        run.kill()
-        run.wait()
 
 
 def _given(kernel, dtype, precision, architecture, words=128):
@@ -89,20 +77,8 @@ def _given(kernel, dtype, precision, architecture, words=128):
 def _compile(kernel, dtype, architecture, given):
     options = {name: given[name] for name in ("num_warps", "num_stages") if name in given}
     aligned = ALIGNED | ({"P"} if kernel in (SCORES, GRADIENT) else set())
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        is_pointer = name.endswith("_ptr")
-        if name in given:
-            signature[name], constants[(i,)] = "constexpr", given[name]
-        elif is_pointer:
-            kind = NAMES[dtype] if name in FEATURES else OTHER_POINTERS.get(name, "fp32")
-            signature[name] = "*" + kind
-        else:
-            signature[name] = "i32"
-        if is_pointer or name in aligned:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    kinds = OTHER_POINTERS | dict.fromkeys(FEATURES, NAMES[dtype])
+    return compile_kernel(kernel, architecture, given, options, kinds, aligned)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -110,7 +86,7 @@ def _compile(kernel, dtype, architecture, given):
 def test_busy_kernels_use_tensor_cores(kernel, architecture, tmp_path):
     given = _given(kernel, torch.bfloat16, "half", architecture)
     compiled = _compile(kernel, torch.bfloat16, architecture, given)
-    registers = _assert_fits(compiled, architecture, tmp_path)
+    registers = assert_fits(compiled, architecture, tmp_path)
     instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[architecture]
     assert instruction in compiled.asm["ptx"]
     assert "cp.async" in compiled.asm["ptx"]
@@ -126,7 +102,7 @@ def test_busy_kernels_use_tensor_cores(kernel, architecture, tmp_path):
 def test_fp32_uses_tf32_only_where_asked(kernel, precision, architecture, tmp_path):
     given = _given(kernel, torch.float32, precision, architecture)
     compiled = _compile(kernel, torch.float32, architecture, given)
-    _assert_fits(compiled, architecture, tmp_path)
+    assert_fits(compiled, architecture, tmp_path)
     has_tf32 = "tf32" in compiled.asm["ptx"]
     assert has_tf32 == (precision == "tf32")
 
@@ -135,14 +111,14 @@ def test_fp32_uses_tf32_only_where_asked(kernel, precision, architecture, tmp_pa
 def test_fp16_uses_tensor_cores(kernel, tmp_path):
     given = _given(kernel, torch.float16, "half", 90)
     compiled = _compile(kernel, torch.float16, 90, given)
-    _assert_fits(compiled, 90, tmp_path)
+    assert_fits(compiled, 90, tmp_path)
     assert "wgmma.mma_async" in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize("kernel", [MAXIMA, SCORES, GRADIENT], ids=lambda kernel: kernel.__name__)
 def test_short_captions_fit(kernel, tmp_path):
     given = _given(kernel, torch.bfloat16, "half", 90) | {"SLOT": 32}
-    _assert_fits(_compile(kernel, torch.bfloat16, 90, given), 90, tmp_path)
+    assert_fits(_compile(kernel, torch.bfloat16, 90, given), 90, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -161,23 +137,13 @@ def test_long_captions_compile(kernel, words, precision, architecture):
 @pytest.mark.parametrize("kernel", OTHERS, ids=lambda kernel: kernel.__name__)
 def test_other_kernels_fit(kernel, architecture, tmp_path):
     compiled = _compile(kernel, torch.bfloat16, architecture, OTHERS[kernel])
-    _assert_fits(compiled, architecture, tmp_path)
+    assert_fits(compiled, architecture, tmp_path)
 
 
 def test_values_under_the_interpreter(interpreter_run):
-    versions = [tuple(map(int, x.__version__.split(".")[:2])) for x in (triton, np)]
-    if versions[0] < (3, 7) and versions[1] >= (2, 4):
-        pytest.skip("the interpreter of Triton 3.6 needs NumPy below 2.4")
-    interpreter_run.wait()
-    interpreter_run.stdout.seek(0)
-    assert interpreter_run.returncode == 0, interpreter_run.stdout.read()[-8000:]
+    NUMERICS.check(interpreter_run)
 
 
 @pytest.mark.gpu
 def test_values_on_a_gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    # What torch asks for where its library products are to be deterministic.
-    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    run = subprocess.run(_NUMERICS, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    NUMERICS.check_on_a_gpu()
