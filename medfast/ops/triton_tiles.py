@@ -121,7 +121,8 @@ def architecture_of(device: torch.device) -> int:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Return how many of them the GPU has."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -161,7 +162,7 @@ def gradient_chunk(rows: Tensor, columns: Tensor, tile: Tile) -> tuple[int, int]
     N = triton.cdiv(len(columns), tile.columns) * tile.columns
     unit = tile.rows
     if rows.is_cuda:
-        count, across = _multiprocessors(rows.device), triton.cdiv(rows.shape[1], 256)
+        count, across = multiprocessors(rows.device), triton.cdiv(rows.shape[1], 256)
         unit = 128 * count // math.gcd(count, across)
     most = budget // N
     if most >= M:

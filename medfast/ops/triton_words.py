@@ -18,7 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from medfast.ops.triton_tiles import LOG2E, architecture_of, operand, precision_of, tile_product
+from medfast.ops.triton_tiles import (
+    LOG2E,
+    architecture_of,
+    multiprocessors,
+    operand,
+    precision_of,
+    tile_product,
+)
 from medfast.ops.workspace import workspace_bytes
 
 # Arguments that change from call to call: no kernel is compiled anew for another value.
@@ -73,6 +80,8 @@ _PRODUCTS = {
     ("ieee", 90): Shape(64, 64, 16, warps=4, stages=3),
     ("ieee", 100): Shape(64, 64, 16, warps=4, stages=3),
 }
+# Under the interpreter: small, so that small inputs have many tiles, and not square.
+INTERPRETED = Shape(16, 32, 16, warps=4, stages=1)
 _INTERPRETED_PRODUCT = Shape(32, 64, 16, warps=4, stages=1)
 
 
@@ -80,7 +89,7 @@ def programs_on(device: torch.device, shape: Shape) -> int:
     """Return how many programs run at a time."""
     if device.type != "cuda":
         return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count * shape.programs
+    return multiprocessors(device) * shape.programs
 
 
 def constants(shape: Shape, precision: str) -> dict[str, Any]:
@@ -175,6 +184,17 @@ def pack(tokens: Tensor, token_mask: Tensor, longest: int, is_interpreted: bool)
     is_word = token_mask.flatten()[source]
     words = operand(tokens.flatten(0, 1)[source]).masked_fill_(~is_word[:, None], 0)
     return Packed(words, source, is_word, order.int(), starts, buckets, counts.int(), slots)
+
+
+def patches_of(patches: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return patches [M, P, D] as the kernels take them, padded, and which count [M, P], in bytes.
+
+    Those that do not count may hold NaN: here they are zeros.
+    """
+    features = operand(patches.flatten(0, 1)).view(*patches.shape[:2], -1)
+    if mask is None:
+        return features, patches.new_ones(patches.shape[:2], dtype=torch.uint8)
+    return features.masked_fill(~mask[..., None], 0), mask.contiguous().view(torch.uint8)
 
 
 def gradient_chunk(

@@ -453,7 +453,7 @@ def test_chunks_fit_the_workspace(monkeypatch, megabytes, dtype):
     for multiprocessors in (None, 108, 132):
         tile = triton_tiles._INTERPRETED
         if multiprocessors is not None:
-            monkeypatch.setattr(triton_tiles, "_multiprocessors", lambda _, n=multiprocessors: n)
+            monkeypatch.setattr(triton_tiles, "multiprocessors", lambda _, n=multiprocessors: n)
             tile = triton_tiles.tile_of("half" if dtype.itemsize == 2 else "tf32", 90)
         for M, N, D in ((1, 1, 4), (700, 33, 100), (65536, 65536, 512), (8192, 300000, 768)):
             rows, columns = (

@@ -18,11 +18,11 @@ from medfast.ops.triton_tiles import (
     chunks,
     gradient_boost,
     on_device,
-    operand,
     precision_of,
     side_by_side,
 )
 from medfast.ops.triton_words import (
+    INTERPRETED,
     MOST_IMAGES,
     PARTS,
     SIZES,
@@ -34,6 +34,7 @@ from medfast.ops.triton_words import (
     constants,
     gradient_chunk,
     pack,
+    patches_of,
     programs_on,
     rows_of,
     similarities,
@@ -54,8 +55,6 @@ _SHAPES = {
     ("ieee", 90): Shape(128, 32, 16, warps=8, stages=3, programs=2),
     ("ieee", 100): Shape(128, 32, 16, warps=8, stages=3, programs=2),
 }
-# Under the interpreter: small, so that small inputs have many tiles, and not square.
-_INTERPRETED = Shape(16, 32, 16, warps=4, stages=1)
 # Words and patches whose gradient a program writes at a time, and patches that it reduces.
 _WORDS, _PATCHES, _VECTOR = 32, 128, 512
 # What a patch of an image takes for each piece of a caption: a maximum and its place.
@@ -94,7 +93,7 @@ def forward(
     shape = _shape(patches)
     packed = pack(tokens, token_mask, shape.rows, not patches.is_cuda)
     K = packed.pieces // N
-    features, mask = _operand(patches, patch_mask), _mask(patches, patch_mask)
+    features, mask = patches_of(patches, patch_mask)
     image_to_text = patches.new_empty(M, N, dtype=torch.float32)
     text_to_image = patches.new_empty(N, M, dtype=torch.float32)
     best_patch, best_word = chunked.places(patches, tokens, needs_grad)
@@ -166,7 +165,7 @@ def backward(
     longest = _shape(patches).rows
     packed = pack(tokens, token_mask, longest, not patches.is_cuda)
     K = packed.pieces // N
-    features, mask = _operand(patches, patch_mask), _mask(patches, patch_mask)
+    features, mask = patches_of(patches, patch_mask)
     # Gradients are divided by their largest, so that they fit any dtype.
     largest = torch.maximum(d_image_to_text.abs().amax(), d_text_to_image.abs().amax())
     unit = largest.clamp_min(torch.finfo(torch.float32).tiny) / gradient_boost(patches.dtype)
@@ -290,21 +289,8 @@ def _maxima(
 
 def _shape(patches: Tensor) -> Shape:
     if not patches.is_cuda:
-        return _INTERPRETED
+        return INTERPRETED
     return shape_of(precision_of(patches), architecture_of(patches.device))
-
-
-def _operand(patches: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the patches as the kernels take them; those that do not count may hold NaN."""
-    features = operand(patches.flatten(0, 1)).view(*patches.shape[:2], -1)
-    return features if mask is None else features.masked_fill(~mask[..., None], 0)
-
-
-def _mask(patches: Tensor, mask: Tensor | None) -> Tensor:
-    """Return which patches count [M, P], in bytes."""
-    if mask is None:
-        return patches.new_ones(patches.shape[:2], dtype=torch.uint8)
-    return mask.contiguous().view(torch.uint8)
 
 
 def _padded(width: int) -> int:

@@ -21,11 +21,11 @@ from medfast.ops.triton_tiles import (
     chunks,
     gradient_boost,
     on_device,
-    operand,
     precision_of,
     side_by_side,
 )
 from medfast.ops.triton_words import (
+    INTERPRETED,
     PARTS,
     SIZES,
     Packed,
@@ -37,6 +37,7 @@ from medfast.ops.triton_words import (
     gradient_chunk,
     over_words,
     pack,
+    patches_of,
     programs_on,
     rows_of,
     similarities,
@@ -56,8 +57,6 @@ _SHAPES = {
     ("ieee", 90): Shape(128, 32, 16, warps=8, stages=2),
     ("ieee", 100): Shape(128, 32, 16, warps=8, stages=2),
 }
-# Under the interpreter: small, so that small inputs have many tiles, and not square.
-_INTERPRETED = Shape(16, 32, 16, warps=4, stages=1)
 _MIN_NORM = tl.constexpr(MIN_NORM)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 # Up to this temperature exponentials of all attentions, which are between 0 and 1, fit a dtype, and
@@ -238,18 +237,15 @@ class _Batch:
         self._precision = precision_of(patches)
         is_interpreted = not patches.is_cuda
         if is_interpreted:
-            self.shape = _with_room(_INTERPRETED, T)
+            self.shape = _with_room(INTERPRETED, T)
         else:
             self.shape = shape_of(self._precision, architecture_of(patches.device), T)
         self.packed: Packed = pack(tokens, token_mask, self.shape.rows, is_interpreted)
         self._norms = torch.linalg.vector_norm(self.packed.words, dim=1, dtype=torch.float32)
-        if patch_mask is None:
-            patch_mask = patches.new_ones(patches.shape[:2], dtype=torch.bool)
+        features, mask = patches_of(patches, patch_mask)
         missing = -patches.shape[1] % 16
-        features = operand(patches.flatten(0, 1)).view(*patches.shape[:2], -1)
-        features = features.masked_fill(~patch_mask[..., None], 0)
         self.patches = F.pad(features, (0, 0, 0, missing))
-        self._mask = F.pad(patch_mask, (0, missing)).view(torch.uint8)
+        self._mask = F.pad(mask, (0, missing))
 
     def pointers(self, first_image: int = 0) -> tuple[Tensor, ...]:
         """Return the first arguments of both kernels, images from one on."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from medfast.ops import tiles
 from medfast.ops.sparc import reference
-from medfast.ops.triton_tiles import launch_parameters, log1p, on_device, operand
+from medfast.ops.triton_tiles import log1p, on_device, operand, precision_of
 from medfast.ops.workspace import workspace_bytes
 
 CONSTANT = tl.constexpr(reference.CONSTANT)
@@ -122,8 +122,7 @@ def forward(
     d_patches = d_tokens = None
     if needs_grad:
         d_patches, d_tokens = torch.empty_like(v, dtype=dtype), torch.empty_like(w, dtype=dtype)
-    _, parameters = launch_parameters(v)
-    precision = parameters["PRECISION"] if v.dtype == torch.float32 else "half"
+    precision = precision_of(v)
     blocks = blocks_of(precision) if v.is_cuda else _INTERPRETED
     of_forward = _forward_memory(T, P, width, blocks.words, v.dtype)
     kinds = of_forward | (_gradient_memory(T, P, width, v.dtype) if needs_grad else {})
