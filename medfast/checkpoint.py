@@ -12,21 +12,23 @@ import torch
 from medfast.errors import UsageError
 
 # What a run needs to go on.
-KEYS = {"epoch", "step", "samples", "config", "state_dict", "method", "optimizer", "rng"}
-_NAME = re.compile(r"epoch_(\d+)\.pt")
+KEYS = {"epoch", "batch", "step", "samples", "config", "state_dict", "method", "optimizer", "rng"}
+_NAME = re.compile(r"epoch_(\d+)(?:_step_(\d+))?\.pt")
 
 
-def save(folder: Path, epoch: int, state: dict[str, Any], keep: int) -> Path:
-    """Write `epoch_N.pt` into `folder` and remove all but the newest `keep` checkpoints.
+def save(folder: Path, state: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint into `folder` and remove all but the newest `keep`.
+
+    It is `epoch_N.pt` after N epochs, and `epoch_N_step_S.pt` at step S within the next one.
 
     Args:
         folder: The run's `checkpoints/`.
-        epoch: Number of finished epochs.
         state: Tensors and plain values, as `torch.load(weights_only=True)` takes them back.
         keep: How many checkpoints stay.
     """
     folder.mkdir(exist_ok=True)
-    path = folder / f"epoch_{epoch}.pt"
+    within = f"_step_{state['step']}" if state["batch"] else ""
+    path = folder / f"epoch_{state['epoch']}{within}.pt"
     beside = path.with_suffix(".pt.part")
     with beside.open("wb") as file:
         torch.save(state, file)
@@ -41,7 +43,7 @@ def save(folder: Path, epoch: int, state: dict[str, Any], keep: int) -> Path:
 def listing(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
     found = {path: _NAME.fullmatch(path.name) for path in folder.glob("epoch_*.pt")}
-    numbers = {path: int(match[1]) for path, match in found.items() if match}
+    numbers = {p: (int(m[1]), int(m[2] or 0)) for p, m in found.items() if m}
     return sorted(numbers, key=numbers.__getitem__)
 
 

@@ -16,7 +16,7 @@ from medfast.errors import UsageError, unknown_name
 
 COMMANDS = {
     "train": "Train one model, evaluate it and write its report.",
-    "data": "Write the phantom data.",
+    "data": "Check and pack image-caption data, or write the phantom.",
     "env": "Print versions, devices and which implementations can run here.",
     "profile": "Time training steps with a fused loss beside those with the reference.",
 }
@@ -159,7 +159,7 @@ def add_settings(parser: argparse.ArgumentParser, config: type) -> None:
     for item in dataclasses.fields(config):
         title = item.metadata["group"]
         group = groups.setdefault(title, parser.add_argument_group(title))
-        default = "none" if item.default is None else str(item.default).lower()
+        default = _default(item.default)
         known = item.metadata.get("known") or get_args(types[item.name])
         names = f" One of: {', '.join(known)}." if _is_choice(item, types[item.name]) else ""
         text = f"{item.metadata['help']}{names} (default: {default})".replace("%", "%%")
@@ -178,14 +178,22 @@ def add_settings(parser: argparse.ArgumentParser, config: type) -> None:
             group.add_argument(flag(item.name), help=text, **_value(types[item.name]))
 
 
+def _default(value: Any) -> str:
+    """Return a default as the help shows it."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value).lower()
+
+
 def _is_choice(item: dataclasses.Field, annotation: Any) -> bool:
     return "known" in item.metadata or get_origin(annotation) is Literal
 
 
 def _value(annotation: Any) -> dict[str, Any]:
+    several = {"nargs": "+"} if get_origin(annotation) is tuple else {}
     kind = next((t for t in (get_args(annotation) or (annotation,)) if t in (int, float)), str)
     # The sets of allowed words are checked by the dataclass, which also names the closest one.
-    return {"type": kind, "metavar": {int: "N", float: "X", str: "VALUE"}[kind]}
+    return {"type": kind, "metavar": {int: "N", float: "X", str: "VALUE"}[kind], **several}
 
 
 def results_table(rows: Sequence[Mapping[str, Any]]) -> str:

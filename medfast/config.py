@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from medfast.data import SOURCES
+from medfast.data import SOURCES, parse_source
 from medfast.errors import UsageError, unknown_name
 from medfast.methods import METHODS
 from medfast.models import PRESETS
@@ -16,6 +15,7 @@ from medfast.models import PRESETS
 Impl = Literal["auto", "triton", "cuda", "cpu", "torch", "reference"]
 Precision = Literal["auto", "fp32", "amp_bf16"]
 Device = Literal["auto", "cpu", "cuda"]
+LoaderName = Literal["auto", "dali", "torch"]
 
 
 def setting(default: Any, group: str, help: str, **extra: Any) -> Any:
@@ -32,22 +32,45 @@ def setting(default: Any, group: str, help: str, **extra: Any) -> Any:
 class TrainConfig:
     """The settings of one run. Field names are the flags' names and the keys of params.yaml."""
 
-    train_data: str = setting(
-        "phantom",
+    train_data: tuple[str, ...] = setting(
+        ("phantom",),
         "data",
-        "Source of image-caption pairs: 'phantom' (written on first use) or NAME:FOLDER, "
-        "for example roco:/data/roco.",
+        "Sources of image-caption pairs: 'phantom' (written on first use) or NAME:FOLDER, for "
+        "example roco:/data/roco pmc_oa:/data/pmc_oa. NAME is one of "
+        f"{', '.join(name for name in SOURCES if name != 'phantom')}.",
+    )
+    train_data_weights: tuple[float, ...] = setting(
+        (),
+        "data",
+        "Share of each source in an epoch, up to a factor; without them every pair comes once.",
+    )
+    csv_img_key: str = setting("filepath", "data", "Column of image paths in a csv source.")
+    csv_caption_key: str = setting("title", "data", "Column of captions in a csv source.")
+    csv_separator: str | None = setting(
+        None, "data", "Separator of a csv source; without it a tab or a comma, as in the file."
+    )
+    exclude: str | None = setting(
+        None,
+        "data",
+        "Exclusion list of `medfast data check`; without it those that lie in the sources' "
+        "folders; 'none' uses none.",
     )
     phantom_pairs: int = setting(6000, "data", "Pairs that the phantom source writes.")
     cache_dir: str = setting(
         "~/.cache/medfast", "data", "Folder that keeps the phantom data.", frozen_on_resume=False
     )
     batch_size: int = setting(64, "data", "Pairs per step.")
+    loader: LoaderName = setting(
+        "auto",
+        "data",
+        "What decodes the images: NVIDIA DALI or, sample by sample, Pillow in processes. auto: "
+        "dali where it is installed and most images are plain JPEG files.",
+    )
     workers: int = setting(
         1,
         "data",
-        "Processes that decode images; 0 decodes in the main one. The result does not depend on "
-        "it.",
+        "Processes that decode images, or DALI's threads; 0 decodes in the main process. The "
+        "result does not depend on it.",
         frozen_on_resume=False,
     )
     max_bad_samples: float = setting(
@@ -112,6 +135,12 @@ class TrainConfig:
     save_frequency: int = setting(
         1, "run", "Epochs between two checkpoints.", frozen_on_resume=False
     )
+    save_steps: int = setting(
+        0,
+        "run",
+        "Steps between two checkpoints within an epoch; 0 saves at the ends of epochs alone.",
+        frozen_on_resume=False,
+    )
     keep_checkpoints: int = setting(
         2, "run", "Newest checkpoints that are kept.", frozen_on_resume=False
     )
@@ -129,10 +158,18 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        for name in ("train_data", "train_data_weights"):
+            value = getattr(self, name)
+            # A config file has a list, or a single word.
+            if isinstance(value, list | str):
+                value = (value,) if isinstance(value, str) else tuple(value)
+                object.__setattr__(self, name, value)
         for name, annotation in get_type_hints(type(self)).items():
             value = getattr(self, name)
             _check_type(name, annotation, value)
-            self._require(name, not isinstance(value, float) or math.isfinite(value), "finite")
+            numbers = value if isinstance(value, tuple) else (value,)
+            finite = all(math.isfinite(n) for n in numbers if isinstance(n, float))
+            self._require(name, finite, "finite")
         for item in fields(self):
             known = item.metadata.get("known")
             if known is not None and getattr(self, item.name) not in known:
@@ -143,7 +180,7 @@ class TrainConfig:
         ):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("seed", 0 <= self.seed < 2**63, "0 or more and below 2**63")
-        for name in ("workers", "warmup", "wd"):
+        for name in ("workers", "warmup", "wd", "save_steps"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("lr", "eps"):
             self._require(name, getattr(self, name) > 0, "above 0")
@@ -163,31 +200,50 @@ class TrainConfig:
             self.name is None or _is_folder_name(self.name),
             "a plain folder name: printable, no slash, no space at its ends, 200 letters at most",
         )
-        source, folder = self.source, self.source_folder
-        if source not in SOURCES and ("/" in source or Path(source).exists()):
-            raise UsageError(
-                f"--train-data must be NAME:FOLDER; got {self.train_data}. Say which data set the "
-                f"folder holds, such as roco:{self.train_data}."
-            )
-        if source not in SOURCES:
-            raise UsageError(unknown_name("--train-data", source, SOURCES))
-        if source == "phantom" and folder:
-            raise UsageError(
-                "--train-data phantom takes no folder: use --cache-dir for where it is kept, or "
-                f"roco:{folder} for phantom data that you wrote yourself."
-            )
-        if source != "phantom" and not folder:
-            raise UsageError(f"--train-data {source} needs a folder: --train-data {source}:FOLDER.")
+        self._check_sources()
+
+    def _check_sources(self) -> None:
+        self._require("train_data", bool(self.train_data), "at least one source")
+        for text in self.train_data:
+            if text == "phantom":
+                continue
+            key, _, folder = text.partition(":")
+            if key == "phantom":
+                raise UsageError(
+                    "--train-data phantom takes no folder: use --cache-dir for where it is kept, "
+                    f"or roco:{folder} for phantom data that you wrote yourself."
+                )
+            try:
+                parse_source(text)
+            except UsageError as error:
+                raise UsageError(f"--train-data: {error}") from None
+        twice = [text for text in self.train_data if self.train_data.count(text) > 1]
+        self._require("train_data", not twice, "sources that differ")
+        weights = self.train_data_weights
+        self._require(
+            "train_data_weights",
+            len(weights) in (0, len(self.train_data)),
+            f"as many as there are sources ({len(self.train_data)})",
+        )
+        self._require("train_data_weights", all(w > 0 for w in weights), "above 0")
+        for name in ("csv_img_key", "csv_caption_key"):
+            self._require(name, bool(getattr(self, name)), "the name of a column")
+        self._require(
+            "csv_separator",
+            self.csv_separator is None or len(self.csv_separator) == 1,
+            "a single character",
+        )
 
     @property
-    def source(self) -> str:
-        """Name of the data set that `train_data` names."""
-        return self.train_data.partition(":")[0]
+    def sources(self) -> list[tuple[str, str]]:
+        """The key and the folder of each source; the phantom's folder is empty."""
+        parts = (text.partition(":") for text in self.train_data)
+        return [(key, folder) for key, _, folder in parts]
 
     @property
-    def source_folder(self) -> str:
-        """Folder that `train_data` names, or nothing."""
-        return self.train_data.partition(":")[2]
+    def dataset(self) -> str:
+        """Names of the sources, for result rows."""
+        return "+".join(key for key, _ in self.sources)
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -197,6 +253,11 @@ class TrainConfig:
 def flag(name: str) -> str:
     """Return the command-line flag of the field `name`."""
     return "--" + name.replace("_", "-")
+
+
+def _shown(value: Any) -> str:
+    """Return a setting as it is written on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _is_folder_name(name: str) -> bool:
@@ -214,6 +275,13 @@ def _check_type(name: str, annotation: Any, value: Any) -> None:
     if get_origin(annotation) is Literal:
         if value not in get_args(annotation):
             raise UsageError(unknown_name(flag(name), str(value), get_args(annotation)))
+        return
+    if get_origin(annotation) is tuple:
+        element = get_args(annotation)[0]
+        if not isinstance(value, tuple):
+            raise UsageError(f"{flag(name)} must be a list; got {value!r}.")
+        for item in value:
+            _check_type(name, element, item)
         return
     accepted = get_args(annotation) or (annotation,)
     # YAML reads 1 as an integer where 1.0 is meant, and True is an int to Python.
@@ -247,11 +315,11 @@ def resumed(config: TrainConfig, given: Collection[str], saved: Mapping[str, Any
         was, now = getattr(own, item.name), getattr(config, item.name)
         if not item.metadata["frozen_on_resume"]:
             changes[item.name] = now
-        elif item.name == "train_data" and own.source == config.source:
+        elif item.name == "train_data" and own.dataset == config.dataset:
             changes[item.name] = now  # the same data set, moved to another folder
         elif was != now:
             raise UsageError(
-                f"--resume: {flag(item.name)} is {was} in this run and {now} now; leave it out, or "
-                "start a new run."
+                f"--resume: {flag(item.name)} is {_shown(was)} in this run and {_shown(now)} now; "
+                "leave it out, or start a new run."
             )
     return replace(own, **changes)

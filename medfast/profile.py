@@ -63,13 +63,13 @@ def profile(config: TrainConfig, steps: int) -> str:
     """
     from medfast.device import pick_device
     from medfast.methods import method_class
-    from medfast.train import data_root
+    from medfast.train import data_sources
 
     device = pick_device(config.device)
     impls: tuple[Impl, Impl] = (config.fused_loss, "reference")
     for impl in impls:
         method_class(config.method)(impl, config.group_positives).check_impl(device)
-    data_root(config)  # writes the phantom, if need be, before any clock runs
+    data_sources(config)  # writes the phantom, if need be, before any clock runs
     fused, reference = (
         _in_fresh_process(dataclasses.replace(config, fused_loss=impl), steps) for impl in impls
     )
@@ -132,36 +132,31 @@ def _in_fresh_process(config: TrainConfig, steps: int) -> Measurement:
 
 def _trainer(config: TrainConfig) -> Trainer:
     """Return the trainer that `medfast train` would make for these settings."""
-    from medfast.data import read_split
-    from medfast.data.loader import Loader
     from medfast.data.skipped import SkippedSamples
     from medfast.device import pick_device
     from medfast.methods import method_class
-    from medfast.models import PRESETS
     from medfast.run_folder import RunFolder
-    from medfast.train import data_root, load_tokenizer, new_model
+    from medfast.train import (
+        data_sources,
+        load_tokenizer,
+        new_model,
+        read_pairs,
+        training_loader,
+    )
     from medfast.trainer import Trainer
 
-    preset, device = PRESETS[config.model], pick_device(config.device)
+    device = pick_device(config.device)
     method = method_class(config.method)(config.fused_loss, config.group_positives)
     run = RunFolder.create(config)
-    records = read_split(config.source, data_root(config), "train")
-    tokenizer = load_tokenizer(config, records, run)
+    pairs = read_pairs(config, data_sources(config), "train")
+    tokenizer = load_tokenizer(config, pairs.records, run)
     return Trainer(
         config=config,
         model=new_model(config, method, tokenizer, device).train(),
         method=method,
-        loader=Loader(
-            records,
-            tokenizer,
-            preset.image_size,
-            config.batch_size,
-            preset.crop,
-            config.seed,
-            config.workers,
-        ),
+        loader=training_loader(config, pairs, tokenizer, device),
         run=run,
-        skipped=SkippedSamples(run.skipped, len(records), config.max_bad_samples),
+        skipped=SkippedSamples(run.skipped, len(pairs.records), config.max_bad_samples),
         device=device,
         validate=dict,
     )

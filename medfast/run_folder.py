@@ -117,6 +117,16 @@ class RunFolder:
         with self.metrics.open(encoding="utf-8") as file:
             return [json.loads(line) for line in file if line.strip()]
 
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the rows of steps after `step`, from which a run goes on."""
+        rows = self.read_metrics()
+        kept = [row for row in rows if row["step"] <= step]
+        if len(kept) < len(rows):
+            part = self.metrics.with_suffix(".part")
+            part.unlink(missing_ok=True)
+            _append(part, kept)
+            part.replace(self.metrics)
+
     def write_results(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write `results.jsonl` anew."""
         self.results.unlink(missing_ok=True)

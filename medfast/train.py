@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from medfast import __version__, cli
 from medfast.config import TrainConfig, resumed
-from medfast.data import SPLITS, read_split
+from medfast.data import SPLITS, parse_source
 from medfast.errors import UsageError
 from medfast.models import PRESETS
 
 if TYPE_CHECKING:
     import torch
 
+    from medfast.data.loader import Loader
+    from medfast.data.mixture import Mixture
     from medfast.data.records import Record
     from medfast.data.tokens import Tokenizer
     from medfast.evals.encode import Embeddings, Encoder
@@ -124,36 +126,46 @@ def fit_and_evaluate(
         device: Where to compute.
         state: The checkpoint to go on from.
     """
-    from medfast.data.loader import Loader
+    from medfast.data.pipelines import make_loader, pick_loader
     from medfast.data.skipped import SkippedSamples
     from medfast.evals.encode import Encoder
     from medfast.evals.retrieval import retrieval
     from medfast.trainer import Trainer
 
     preset = PRESETS[config.model]
-    root = data_root(config)
-    splits = {split: read_split(config.source, root, split) for split in SPLITS}
-    sizes = ", ".join(f"{len(records)} {split}" for split, records in splits.items())
-    log.info("%s: %s pairs in %s", config.source, sizes, root)
-    if len(splits["train"]) < 2:
-        raise UsageError(f"{root} holds a single training pair; contrast needs at least 2.")
-    tokenizer = load_tokenizer(config, splits["train"], run)
-    total = sum(len(records) for records in splits.values())
+    sources = data_sources(config)
+    splits = {split: read_pairs(config, sources, split) for split in SPLITS}
+    sizes = ", ".join(f"{len(found.records)} {split}" for split, found in splits.items())
+    places = ", ".join(str(root) for _, root in sources)
+    log.info("%s: %s pairs in %s", config.dataset, sizes, places)
+    records, test = splits["train"].records, splits["test"].records
+    if splits["train"].excluded:
+        log.info("%d training pairs are on exclusion lists and left out", splits["train"].excluded)
+    if len(records) < 2:
+        raise UsageError(f"{places} holds a single training pair; contrast needs at least 2.")
+    tokenizer = load_tokenizer(config, records, run)
+    total = sum(len(found.records) + len(found.skipped) for found in splits.values())
     skipped = SkippedSamples(run.skipped, total, config.max_bad_samples)
+    for found in splits.values():
+        skipped.add(found.skipped)
+    # A run that goes on later must decode with the same library.
+    config = dataclasses.replace(config, loader=pick_loader(config.loader, records))
+    log.info("the %s loader decodes the images", config.loader)
 
     model = new_model(config, method, tokenizer, device)
     encoder = Encoder(model, tokenizer, device, config.precision, method.late_interaction)
 
-    def loader(records: Sequence[Record], batch_size: int, crop: float | None = None) -> Loader:
+    def held_out(records: Sequence[Record]) -> Loader:
         size, seed, workers = preset.image_size, config.seed, config.workers
-        return Loader(records, tokenizer, size, batch_size, crop, seed, workers)
+        arguments = (records, tokenizer, size, EVAL_BATCH_SIZE, None, seed, workers)
+        return make_loader(config.loader, device, *arguments)
 
-    validation = loader(some(splits["validation"], VALIDATION_PAIRS, config.seed), EVAL_BATCH_SIZE)
+    validation = held_out(some(splits["validation"].records, VALIDATION_PAIRS, config.seed))
     trainer = Trainer(
         config=config,
         model=model,
         method=method,
-        loader=loader(splits["train"], config.batch_size, preset.crop),
+        loader=training_loader(config, splits["train"], tokenizer, device),
         run=run,
         skipped=skipped,
         device=device,
@@ -161,6 +173,7 @@ def fit_and_evaluate(
     )
     if state is not None:
         trainer.restore(state)
+        run.forget_metrics_after(trainer.step)
         log.info("resumed after epoch %d, step %d", trainer.epoch, trainer.step)
         if trainer.epoch == config.epochs:
             log.info("all epochs were trained before: only evaluating again")
@@ -172,13 +185,13 @@ def fit_and_evaluate(
     trainer.fit()
 
     log.info("evaluating the held-out split")
-    embeddings = encoder.pairs(loader(splits["test"], EVAL_BATCH_SIZE), skipped)
-    results = evaluate(config, encoder, embeddings, splits["test"], root)
+    embeddings = encoder.pairs(held_out(test), skipped)
+    results = evaluate(config, encoder, embeddings, test, sources)
     run.write_results(results)
     log.info("%s", cli.results_table(results))
     if len(skipped):
         log.info("%d samples could not be used; they are in %s", len(skipped), run.skipped)
-    write_run_report(config, run, method, encoder, splits["test"], embeddings, results)
+    write_run_report(config, run, method, encoder, test, embeddings, results)
     log.info("wrote %s", run.report)
 
 
@@ -187,26 +200,34 @@ def evaluate(
     encoder: Encoder,
     embeddings: Embeddings,
     records: Sequence[Record],
-    root: Path,
+    sources: Sequence[tuple[str, Path]],
 ) -> list[dict[str, Any]]:
     """Return the result rows of the held-out split, each with where it comes from."""
     from medfast.data.records import read_sidecar
     from medfast.evals.held_out import evaluate_held_out
     from medfast.evals.provenance import provenance
 
-    origin = {"dataset": config.source, "seed": config.seed, **provenance()}
+    origin = {"dataset": config.dataset, "seed": config.seed, **provenance()}
+    # Its keys are those of one source alone.
+    sidecar = read_sidecar(sources[0][1]) if len(sources) == 1 else None
     rows = []
     asked = time.perf_counter()
-    for found in evaluate_held_out(encoder, embeddings, records, read_sidecar(root), "test"):
+    for found in evaluate_held_out(encoder, embeddings, records, sidecar, "test"):
         rows.append({**found, **origin, "seconds": time.perf_counter() - asked})
         asked = time.perf_counter()
     return rows
 
 
-def data_root(config: TrainConfig) -> Path:
-    """Return the folder of the run's data set; the phantom is written there on first use."""
-    if config.source != "phantom":
-        return Path(config.source_folder).expanduser()
+def data_sources(config: TrainConfig) -> list[tuple[str, Path]]:
+    """Return key and folder of each of the run's sources; the phantom is written on first use."""
+    return [
+        ("phantom", phantom_root(config)) if text == "phantom" else parse_source(text)
+        for text in config.train_data
+    ]
+
+
+def phantom_root(config: TrainConfig) -> Path:
+    """Return the folder of the phantom data, which is written there on first use."""
     from tqdm import tqdm
 
     from medfast.data.phantom import cached_phantom
@@ -221,6 +242,48 @@ def data_root(config: TrainConfig) -> Path:
 
         cache = Path(config.cache_dir).expanduser()
         return cached_phantom(cache, pairs=config.phantom_pairs, progress=progress)
+
+
+def read_pairs(config: TrainConfig, sources: Sequence[tuple[str, Path]], split: str) -> Mixture:
+    """Return one split of the run's sources; of the training split what no list excludes."""
+    from medfast.data.mixture import read_mixture
+    from medfast.data.table import Columns
+
+    columns = Columns(config.csv_img_key, config.csv_caption_key, config.csv_separator)
+    left_out = exclusions(config, sources) if split == "train" else ()
+    return read_mixture(sources, split, left_out, {"csv": {"columns": columns}})
+
+
+def exclusions(config: TrainConfig, sources: Sequence[tuple[str, Path]]) -> set[tuple[str, str]]:
+    """Return source and key of the pairs to leave out: of --exclude, else of the sources' lists."""
+    from medfast.data.exclude import exclusion_file, read_exclusions
+
+    if config.exclude == "none":
+        return set()
+    own = [exclusion_file(root) for _, root in sources]
+    files = [path for path in own if path.is_file()]
+    if config.exclude is not None:
+        files = [Path(config.exclude).expanduser()]
+    return {pair for path in files for pair in read_exclusions(path)}
+
+
+def training_loader(
+    config: TrainConfig, mixture: Mixture, tokenizer: Tokenizer, device: torch.device
+) -> Loader:
+    """Return the loader of a training split; `config.loader` names its kind."""
+    from medfast.data.order import Order
+    from medfast.data.pipelines import make_loader, pick_loader
+
+    preset = PRESETS[config.model]
+    order = Order(
+        mixture.sizes, config.batch_size, config.seed, weights=config.train_data_weights or None
+    )
+    return make_loader(
+        pick_loader(config.loader, mixture.records),
+        *(device, mixture.records, tokenizer, preset.image_size, config.batch_size),
+        *(preset.crop, config.seed, config.workers),
+        order=order,
+    )
 
 
 def load_tokenizer(config: TrainConfig, records: Sequence[Record], run: RunFolder) -> Tokenizer:
@@ -270,7 +333,7 @@ def write_run_report(
     results: Sequence[Mapping[str, Any]],
 ) -> None:
     """Write the run's report.html from its metrics, its results and a few held-out pairs."""
-    from medfast.data.loader import decode
+    from medfast.data.decode import decode
     from medfast.evals.attention import attention_examples
     from medfast.report import ContactExample, write_report
 
@@ -285,11 +348,11 @@ def write_run_report(
         params=dataclasses.asdict(config),
         history=run.read_metrics(),
         results=results,
-        contact=[ContactExample(decode(r.image), r.caption, rank) for r, rank in pairs],
+        contact=[ContactExample(decode(r.read()), r.caption, rank) for r, rank in pairs],
         attention=attention_examples(encoder, attended, size, method.word_maps),
         attention_title=method.maps_title,
         attention_note=method.maps_note,
-        note=PHANTOM_NOTE if config.source == "phantom" else "",
+        note=PHANTOM_NOTE if "phantom" in config.train_data else "",
     )
 
 
@@ -314,12 +377,12 @@ def describe(config: TrainConfig, method: Method) -> str:
         f"parameters {millions['all']:.1f} M (image tower {millions['image']:.1f} M, text tower "
         f"{millions['text']:.1f} M at {preset.vocab_size} tokens)",
     ]
-    if config.source == "phantom":
+    if config.train_data == ("phantom",):
         pairs = config.phantom_pairs - 2 * round(config.phantom_pairs / 10)
     else:
-        pairs = len(read_split(config.source, data_root(config), "train"))
+        pairs = len(read_pairs(config, data_sources(config), "train").records)
     steps = max(1, pairs // config.batch_size)
-    lines.append(f"data      {config.train_data}: {pairs} training pairs")
+    lines.append(f"data      {' '.join(config.train_data)}: {pairs} training pairs")
     lines.append(f"training  {config.epochs} epochs of {steps} steps of {config.batch_size} pairs")
     lines += [f"  {k}: {v}" for k, v in dataclasses.asdict(config).items()]
     return "\n".join(lines)

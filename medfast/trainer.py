@@ -63,6 +63,8 @@ class Trainer:
         self.optimizer = build_optimizer(config, nn.ModuleList([model, method]))
         self.total_steps = config.epochs * len(loader)
         self.epoch = 0
+        # Of the present epoch, batches that are done, those with nothing to contrast included.
+        self.batch = 0
         self.step = 0
         self.samples = 0
 
@@ -74,7 +76,7 @@ class Trainer:
         ) as bar:
             while self.epoch < epochs:
                 self._train_epoch(bar)
-                self.epoch += 1
+                self.epoch, self.batch = self.epoch + 1, 0
                 if self.epoch % self.config.save_frequency == 0 or self.epoch == epochs:
                     self.save()
                 found = self.validate()
@@ -87,10 +89,11 @@ class Trainer:
     def _train_epoch(self, bar: tqdm) -> None:
         self.model.train()
         self.method.train()
-        before = self.step
+        before, begun = self.step, self.batch
         waiting = time.perf_counter()
-        for batch in self.loader.epoch(self.epoch):
+        for batch in self.loader.epoch(self.epoch, begun):
             self.skipped.add(batch.skipped)
+            self.batch += 1
             if len(batch) < 2:  # nothing to contrast
                 waiting = time.perf_counter()
                 continue
@@ -107,8 +110,11 @@ class Trainer:
                 row = self._describe(losses, norm, lr, len(batch), waiting, started)
                 self.run.append_metrics(row)
                 log.info("%s", _line(row, self.total_steps), extra={"progress": True})
+            every = self.config.save_steps
+            if every and self.step % every == 0 and self.batch < len(self.loader):
+                self.save()
             waiting = time.perf_counter()
-        if self.step == before:
+        if self.step == before and begun == 0:
             raise UsageError(
                 "no batch held two usable training pairs, so nothing was trained; see "
                 f"{self.run.skipped}."
@@ -170,6 +176,7 @@ class Trainer:
         """Write a checkpoint from which `restore` goes on bitwise."""
         state = {
             "epoch": self.epoch,
+            "batch": self.batch,
             "step": self.step,
             "samples": self.samples,
             "name": self.run.path.name,
@@ -181,7 +188,7 @@ class Trainer:
         }
         if self.device.type == "cuda":
             state["rng_cuda"] = torch.cuda.get_rng_state(self.device)
-        checkpoint.save(self.run.checkpoints, self.epoch, state, self.config.keep_checkpoints)
+        checkpoint.save(self.run.checkpoints, state, self.config.keep_checkpoints)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over the state that `save` wrote.
@@ -201,7 +208,8 @@ class Trainer:
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and "rng_cuda" in state:
             torch.cuda.set_rng_state(state["rng_cuda"], self.device)
-        self.epoch, self.step, self.samples = state["epoch"], state["step"], state["samples"]
+        self.epoch, self.batch = state["epoch"], state["batch"]
+        self.step, self.samples = state["step"], state["samples"]
 
 
 def build_optimizer(config: TrainConfig, modules: nn.Module) -> torch.optim.AdamW:

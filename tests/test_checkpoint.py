@@ -8,13 +8,13 @@ from medfast.errors import UsageError
 
 STATE = {
     **dict.fromkeys(checkpoint.KEYS, 0),
-    **{"state_dict": {"w": torch.ones(2)}, "config": {"lr": 0.1}},
+    **{"epoch": 1, "state_dict": {"w": torch.ones(2)}, "config": {"lr": 0.1}},
 }
 
 
 def test_a_checkpoint_comes_back_and_the_oldest_go(tmp_path):
     for epoch in (1, 2, 9, 10):
-        checkpoint.save(tmp_path, epoch, {**STATE, "epoch": epoch}, keep=2)
+        checkpoint.save(tmp_path, {**STATE, "epoch": epoch}, keep=2)
     assert [p.name for p in checkpoint.listing(tmp_path)] == ["epoch_9.pt", "epoch_10.pt"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch_10.pt", "epoch_9.pt"]
     state = checkpoint.load(tmp_path / "epoch_10.pt")
@@ -22,8 +22,17 @@ def test_a_checkpoint_comes_back_and_the_oldest_go(tmp_path):
     assert torch.equal(state["state_dict"]["w"], torch.ones(2))
 
 
+def test_checkpoints_within_an_epoch_lie_between_those_of_its_ends(tmp_path):
+    for epoch, batch, step in ((0, 5, 5), (1, 0, 10), (1, 5, 15), (1, 9, 109), (2, 0, 120)):
+        checkpoint.save(tmp_path, {**STATE, "epoch": epoch, "batch": batch, "step": step}, keep=9)
+    assert [p.name for p in checkpoint.listing(tmp_path)] == [
+        *("epoch_0_step_5.pt", "epoch_1.pt", "epoch_1_step_15.pt", "epoch_1_step_109.pt"),
+        "epoch_2.pt",
+    ]
+
+
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    path = checkpoint.save(tmp_path, 1, STATE, keep=1)
+    path = checkpoint.save(tmp_path, STATE, keep=1)
     before = path.read_bytes()
 
     def full(*_):
@@ -31,7 +40,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(tmp_path, 1, STATE, keep=1)
+        checkpoint.save(tmp_path, STATE, keep=1)
     assert path.read_bytes() == before
     assert checkpoint.listing(tmp_path) == [path]
 
@@ -42,8 +51,8 @@ def test_a_missing_checkpoint_is_named(tmp_path):
 
 
 def test_a_truncated_checkpoint_names_the_older_one(tmp_path):
-    checkpoint.save(tmp_path, 1, STATE, keep=2)
-    path = checkpoint.save(tmp_path, 2, STATE, keep=2)
+    checkpoint.save(tmp_path, STATE, keep=2)
+    path = checkpoint.save(tmp_path, {**STATE, "epoch": 2}, keep=2)
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(UsageError, match=r"epoch_2\.pt is damaged or .* older one: epoch_1\.pt"):
         checkpoint.load(path)
@@ -63,8 +72,8 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 def test_another_projects_checkpoint_is_refused(tmp_path):
     others = {key: STATE[key] for key in checkpoint.KEYS - {"optimizer", "rng"}}
     for state, lacks in (
-        ({"model": {}}, "config, epoch"),
-        ([1], "config"),
+        ({"model": {}}, "batch, config, epoch"),
+        ([1], "batch, config"),
         (others, "optimizer, rng"),
     ):
         torch.save(state, tmp_path / "epoch_1.pt")
@@ -78,7 +87,7 @@ def test_latest_is_the_named_run_or_the_newest(tmp_path):
     for time, name in enumerate(("new", "old", "older")):
         path = tmp_path / name / "checkpoints"
         path.mkdir(parents=True)
-        saved = checkpoint.save(path, 1, STATE, keep=1)
+        saved = checkpoint.save(path, STATE, keep=1)
         os.utime(saved, (1000 - time, 1000 - time))
     assert checkpoint.find("latest", tmp_path, None).parent.parent.name == "new"
     assert checkpoint.find("latest", tmp_path, "old").parent.parent.name == "old"

@@ -26,6 +26,17 @@ from medfast.errors import UsageError
         ({"name": "x" * 300}, "--name must be a plain folder name"),
         ({"logs": ""}, "--logs must be a folder; got ''"),
         ({"train_data": "/data/roco"}, "roco:/data/roco"),
+        ({"train_data": ()}, "--train-data must be at least one source"),
+        ({"train_data": ("roco:/a", "roco:/a")}, "--train-data must be sources that differ"),
+        ({"train_data": 3}, "--train-data must be a list; got 3"),
+        ({"train_data": (3,)}, "--train-data must be str; got 3"),
+        ({"train_data_weights": (1.0, 2.0)}, r"as many as there are sources \(1\)"),
+        ({"train_data_weights": (0.0,)}, "--train-data-weights must be above 0"),
+        ({"train_data_weights": (float("nan"),)}, "--train-data-weights must be finite"),
+        ({"csv_separator": "::"}, "--csv-separator must be a single character"),
+        ({"csv_img_key": ""}, "--csv-img-key must be the name of a column"),
+        ({"loader": "dally"}, "'dali'"),
+        ({"save_steps": -1}, "--save-steps must be 0 or more"),
         ({"name": "../x"}, "--name must be a plain folder name"),
         ({"grad_clip_norm": -1.0}, "--grad-clip-norm must be above 0"),
     ],
@@ -52,7 +63,7 @@ def test_a_resumed_run_refuses_what_would_change_its_numbers():
 
 def test_a_resumed_run_may_find_its_data_elsewhere():
     config = resumed(TrainConfig(train_data="roco:/b"), {"train_data"}, {"train_data": "roco:/a"})
-    assert config.train_data == "roco:/b"
+    assert config.train_data == ("roco:/b",)
     with pytest.raises(UsageError, match="--train-data is roco:/a in this run"):
         resumed(TrainConfig(train_data="phantom"), {"train_data"}, {"train_data": "roco:/a"})
 
@@ -60,3 +71,11 @@ def test_a_resumed_run_may_find_its_data_elsewhere():
 def test_settings_of_another_version_are_refused():
     with pytest.raises(UsageError, match="do not fit this version"):
         resumed(TrainConfig(), (), {"no_such_setting": 1})
+
+
+def test_a_config_file_may_name_sources_as_a_word_or_a_list():
+    assert TrainConfig(train_data="roco:/a").sources == [("roco", "/a")]
+    config = TrainConfig(train_data=["roco:/a", "pmc_oa:/b"], train_data_weights=[1, 2.5])
+    assert config.sources == [("roco", "/a"), ("pmc_oa", "/b")]
+    assert config.dataset == "roco+pmc_oa"
+    assert config.train_data_weights == (1, 2.5)

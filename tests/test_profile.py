@@ -51,7 +51,7 @@ def test_the_measurement_counts_steps_after_the_warm_up(phantom, monkeypatch):
         (["--resume", "latest"], "--resume is for medfast train"),
         (["--dry-run"], "--dry-run is for medfast train"),
         (["--fused-loss", "cuda"], "--fused-loss cuda"),
-        (["--train-data", "roco:/nowhere"], "there is no folder"),
+        (["--train-data", "roco:/nowhere"], "there is no /nowhere. Get ROCO"),
         (["--method", "filipp"], "Did you mean 'filip'?"),
     ],
 )

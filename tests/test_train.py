@@ -15,6 +15,8 @@ import torch
 import yaml
 
 from medfast import checkpoint, train
+from medfast.data import read_split
+from medfast.data.exclude import exclusion_file
 
 SHORT = ["--epochs", "2", "--batch-size", "16", "--workers", "0", "--warmup", "2"]
 
@@ -143,8 +145,8 @@ def test_fused_and_reference_losses_train_alike(phantom, tmp_path):
 # Resuming
 
 
-def _weights(run, epoch):
-    return torch.load(run / "checkpoints" / f"epoch_{epoch}.pt", weights_only=True)
+def _weights(run, name):
+    return torch.load(run / "checkpoints" / f"epoch_{name}.pt", weights_only=True)
 
 
 def _assert_same(a, b):
@@ -187,6 +189,37 @@ def test_a_killed_run_goes_on_bitwise(phantom, tmp_path):
         for name in ("whole", "killed")
     ]
     assert metrics[0] == metrics[1]
+
+
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_a_run_goes_on_in_the_middle_of_an_epoch_bitwise(phantom, tmp_path, loader):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    argv = _argv(phantom, tmp_path, "--loader", loader, "--save-steps", "4")
+    train.main([*argv, "--keep-checkpoints", "9", "--log-every", "1"])
+    run = tmp_path / "a"
+    names = [p.name for p in checkpoint.listing(run / "checkpoints")]
+    assert names == ["epoch_0_step_4.pt", "epoch_1.pt", "epoch_1_step_8.pt", "epoch_2.pt"]
+    whole, rows = _weights(run, 2), _jsonl(run / "metrics.jsonl")
+    (run / "checkpoints" / "epoch_2.pt").unlink()
+    train.main(["--resume", "latest", "--logs", str(tmp_path)])
+    resumed, again = _weights(run, 2), _jsonl(run / "metrics.jsonl")
+    _assert_same(whole["state_dict"], resumed["state_dict"])
+    _assert_same(whole["optimizer"]["state"], resumed["optimizer"]["state"])
+    assert (whole["step"], whole["samples"]) == (resumed["step"], resumed["samples"])
+    # What was logged after the checkpoint is replaced, not repeated.
+    assert [(r["kind"], r["step"]) for r in again] == [(r["kind"], r["step"]) for r in rows]
+    assert [r.get("loss") for r in again] == [r.get("loss") for r in rows]
+
+
+def test_a_run_that_goes_on_keeps_its_loader(phantom, tmp_path, capsys, monkeypatch):
+    train.main(_argv(phantom, tmp_path, "--loader", "auto"))
+    assert "the dali loader" in capsys.readouterr().err
+    (tmp_path / "a" / "checkpoints" / "epoch_2.pt").unlink()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        train.main(["--resume", "latest", "--logs", str(tmp_path)])
+    assert "--loader dali needs NVIDIA DALI" in capsys.readouterr().err
 
 
 def test_a_finished_run_can_be_evaluated_again(phantom, tmp_path):
@@ -243,7 +276,8 @@ def test_resume_with_another_tokenizer_is_refused(phantom, tmp_path, refusal):
 
 def test_a_missing_folder_is_refused_and_leaves_no_run(tmp_path, refusal):
     said = refusal(_argv(tmp_path / "nowhere", tmp_path / "logs"))
-    assert "there is no folder" in said
+    assert "there is no" in said
+    assert "Get ROCO" in said
     assert list((tmp_path / "logs").iterdir()) == []
 
 
@@ -394,3 +428,79 @@ def test_the_phantom_command_writes_data_that_train_reads(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["phantom", "--layout", "rocco", "--out", str(tmp_path / "e")])
     assert "Did you mean 'roco'?" in capsys.readouterr().err
+
+
+# Sources
+
+
+def _pmc_oa(folder, phantom):
+    """Write a small PMC-OA from a phantom's pairs."""
+    (folder / "images").mkdir(parents=True)
+    for split, name in (("train", "train"), ("validation", "valid"), ("test", "test")):
+        rows = []
+        for record in read_split("roco", phantom, split).records[:24]:
+            shutil.copy(record.image, folder / "images" / f"PMC1_{record.image.name}")
+            row = {"image": f"PMC1_{record.image.name}", "caption": record.caption}
+            rows.append(json.dumps(row) + "\n")
+        (folder / f"{name}.jsonl").write_text("".join(rows))
+    return folder
+
+
+def test_sources_are_mixed_by_weight(phantom, tmp_path, capsys):
+    other = _pmc_oa(tmp_path / "pmc", phantom)
+    argv = [*_argv(phantom, tmp_path), "--train-data-weights", "1", "1"]
+    argv[1:2] = [f"roco:{phantom}", f"pmc_oa:{other}"]
+    train.main(argv)
+    said = capsys.readouterr().err
+    assert "roco+pmc_oa: 120 train, 24 validation, 24 test pairs" in said
+    rows = _jsonl(tmp_path / "a" / "results.jsonl")
+    assert {row["dataset"] for row in rows} == {"roco+pmc_oa"}
+    params = yaml.safe_load((tmp_path / "a" / "params.yaml").read_text())
+    assert params["train_data_weights"] == [1.0, 1.0]
+    train.main(["--config", str(tmp_path / "a" / "params.yaml"), "--name", "b", "--dry-run"])
+    assert f"roco:{phantom} pmc_oa:{other}: 120 training pairs" in capsys.readouterr().out
+
+
+def test_pairs_on_an_exclusion_list_are_not_trained_on(own_phantom, tmp_path, capsys):
+    keys = [record.key for record in read_split("roco", own_phantom, "train").records]
+    lines = [json.dumps({"source": "roco", "key": key}) + "\n" for key in keys[:40]]
+    exclusion_file(own_phantom).write_text("".join(lines))
+    train.main(_argv(own_phantom, tmp_path, "--epochs", "1"))
+    assert "40 training pairs are on exclusion lists" in capsys.readouterr().err
+    assert _jsonl(tmp_path / "a" / "metrics.jsonl")[-2]["samples"] == 48
+    other = tmp_path / "mine.jsonl"
+    other.write_text(lines[0])
+    for exclude, pairs in ((str(other), 95), ("none", 96)):
+        train.main(
+            [*_argv(own_phantom, tmp_path), "--exclude", exclude, "--name", "b", "--dry-run"]
+        )
+        assert f": {pairs} training pairs" in capsys.readouterr().out
+
+
+def test_excluding_everything_is_refused(own_phantom, tmp_path, refusal):
+    records = read_split("roco", own_phantom, "train").records
+    lines = [json.dumps({"source": "roco", "key": r.key}) + "\n" for r in records]
+    exclusion_file(own_phantom).write_text("".join(lines))
+    assert "leave out every train pair" in refusal(_argv(own_phantom, tmp_path))
+
+
+def test_a_missing_exclusion_list_is_refused(phantom, tmp_path, refusal):
+    said = refusal(_argv(phantom, tmp_path, "--exclude", str(tmp_path / "none.jsonl")))
+    assert "the exclusion list" in said
+
+
+def test_bad_rows_of_a_caption_file_are_listed(own_phantom, tmp_path):
+    captions = own_phantom / "train" / "radiology" / "captions.txt"
+    captions.write_text("no tab here\n" + captions.read_text(), encoding="utf-8")
+    train.main(_argv(own_phantom, tmp_path, "--epochs", "1"))
+    (row,) = _jsonl(tmp_path / "a" / "skipped.jsonl")
+    assert row["path"] == str(captions)
+
+
+def test_open_clips_csv_flags_name_the_columns(phantom, tmp_path, capsys):
+    path = tmp_path / "pairs.tsv"
+    rows = [f"{r.image};{r.caption}\n" for r in read_split("roco", phantom, "train").records]
+    path.write_text("picture;words\n" + "".join(rows))
+    argv = ["--train-data", f"csv:{path}", "--csv-img-key", "picture", "--csv-caption-key", "words"]
+    train.main([*argv, "--csv-separator", ";", *SHORT, "--logs", str(tmp_path), "--name", "a"])
+    assert (tmp_path / "a" / "report.html").exists()

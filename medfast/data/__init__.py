@@ -1,24 +1,87 @@
-"""Image-caption data: readers, one file per data set, the loader, tokens and the phantom."""
+"""Image-caption data: readers, one file per data set, loaders, tokens and the phantom."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from medfast.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
     from medfast.data.records import Record
+    from medfast.data.skipped import Skipped
 
-# Key on the command line -> module with `read(root, split)`. Names only: no imports.
-SOURCES = {"phantom": "medfast.data.roco", "roco": "medfast.data.roco"}
+# Key on the command line -> module with `ABOUT` and `read(root, split)`. Names only: no imports.
+SOURCES = {
+    "phantom": "medfast.data.roco",
+    "roco": "medfast.data.roco",
+    "pmc_oa": "medfast.data.pmc_oa",
+    "mimic_cxr": "medfast.data.mimic_cxr",
+    "quilt": "medfast.data.quilt",
+    "csv": "medfast.data.table",
+    "folder": "medfast.data.folder",
+    "shards": "medfast.data.shards",
+}
 SPLITS = ("train", "validation", "test")
 
 
-def read_split(source: str, root: Path, split: str) -> Sequence[Record]:
-    """Return the records of one split of the data set `source` that lies in `root`.
+@dataclass(frozen=True)
+class Split:
+    """One split of a data set.
+
+    Attributes:
+        records: Its pairs.
+        skipped: Rows of its caption file that could not be used.
+    """
+
+    records: list[Record]
+    skipped: list[Skipped]
+
+
+def parse_source(text: str) -> tuple[str, Path]:
+    """Return the key and the folder of a source such as "roco:/data/roco".
+
+    Raises:
+        UsageError: the key is not known, or there is no folder.
+    """
+    key, _, folder = text.partition(":")
+    if key not in SOURCES and ("/" in key or Path(key).exists()):
+        raise UsageError(
+            f"a data source must be NAME:FOLDER; got {text}. Say which data set the folder holds, "
+            f"such as roco:{text}."
+        )
+    if key not in SOURCES:
+        raise UsageError(unknown_name("data source", key, SOURCES))
+    if not folder:
+        raise UsageError(f"the data source {key} needs a folder: {key}:FOLDER.")
+    return key, Path(folder).expanduser()
+
+
+def read_split(
+    source: str, root: Path, split: str, options: Mapping[str, Mapping[str, Any]] | None = None
+) -> Split:
+    """Return one split of the data set `source` that lies in `root`.
+
+    Args:
+        source: A key of `SOURCES`.
+        root: Its folder, or for some its file.
+        split: One of `SPLITS`.
+        options: What the `read` of some sources takes beyond folder and split, by their keys.
 
     Raises:
         UsageError: the folder, a file or a column is missing, or the split holds no pair.
     """
-    return importlib.import_module(SOURCES[source]).read(root, split)
+    from medfast.data.records import Record
+
+    module = importlib.import_module(SOURCES[source])
+    records: list[Record] = []
+    skipped: list[Skipped] = []
+    for item in module.read(root, split, **(options or {}).get(source, {})):
+        if isinstance(item, Record):
+            records.append(item)
+        else:
+            skipped.append(item)
+    return Split(records, skipped)

@@ -6,20 +6,29 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from medfast.data.records import Record, group_ids
+from medfast.data.decode import ImageError, decode
+from medfast.data.order import Draw, Order
+from medfast.data.records import Record, Records, group_ids
 from medfast.data.skipped import Skipped
 from medfast.data.tokens import Tokenizer
-
-# What Pillow raises for files that are missing, cut off, no images, or too large to be honest.
-DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+from medfast.data.views import (
+    SMALLEST_CROP,
+    Box,
+    Looks,
+    apply_looks,
+    centre_box,
+    random_box,
+    random_looks,
+)
+from medfast.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -27,12 +36,13 @@ class Batch:
     """B pairs.
 
     Attributes:
-        images: uint8 [B, 3, H, W]; the model normalises.
+        images: uint8 [B, 3, H, W], channels last; the model normalises.
         ids: Token ids, int64 [B, T].
         mask: True for every token but padding, bool [B, T].
         word_mask: True for the caption's own tokens, bool [B, T].
         group: Study of each pair, int64 [B].
         index: Position of each pair in the data set, int64 [B].
+        views: Extra views of the same images, each as `images`; only they are ever flipped.
         skipped: Samples that belong to this batch and could not be used.
     """
 
@@ -42,6 +52,7 @@ class Batch:
     word_mask: Tensor
     group: Tensor
     index: Tensor
+    views: tuple[Tensor, ...] = ()
     skipped: tuple[Skipped, ...] = ()
 
     def __len__(self) -> int:
@@ -52,27 +63,38 @@ class Batch:
         tensors = {
             field.name: getattr(self, field.name).to(device, non_blocking=True)
             for field in fields(self)
-            if field.name != "skipped"
+            if field.name not in ("views", "skipped")
         }
-        return replace(self, **tensors)
+        views = tuple(view.to(device, non_blocking=True) for view in self.views)
+        return replace(self, **tensors, views=views)
 
 
-def decode(path: Path) -> Image.Image:
-    """Return the image of a file, upright, as 8-bit RGB.
+@dataclass(frozen=True)
+class Crops:
+    """Where the views of one appearance of an image lie, and what the extra ones look like.
 
-    Raises:
-        DECODE_ERRORS: the file is missing or damaged.
+    Attributes:
+        boxes: Of the main view, then of the extra ones; in pixels of the upright image.
+        looks: Of the extra views.
     """
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):
-            # Pillow's conversion cuts 16-bit values off at 255.
-            values = np.asarray(image, dtype=np.float32)
-            low, high = float(values.min()), float(values.max())
-            image = Image.fromarray(
-                ((values - low) * (255 / max(high - low, 1e-6))).astype("uint8")
-            )
-        return image.convert("RGB")
+
+    boxes: tuple[Box, ...]
+    looks: tuple[Looks, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One pair, ready to be batched.
+
+    Attributes:
+        draw: Which.
+        pixels: Its views, uint8 [H, W, 3] each.
+        looks: Of the extra views, still to be applied.
+    """
+
+    draw: Draw
+    pixels: tuple[np.ndarray, ...]
+    looks: tuple[Looks, ...]
 
 
 class PairDataset(Dataset):
@@ -82,69 +104,83 @@ class PairDataset(Dataset):
         records: The pairs.
         size: Side of the square that the model takes, in pixels.
         crop: Smallest share of the image that a random crop keeps; None crops the centre.
-        seed: With the epoch and the index it decides a sample's crop, whichever process makes it.
+        seed: With a sample and its turn it decides the crops, whichever process makes them.
+        views: Number of extra views.
     """
 
     def __init__(
-        self, records: Sequence[Record], size: int, crop: float | None = None, seed: int = 0
+        self,
+        records: Sequence[Record],
+        size: int,
+        crop: float | None = None,
+        seed: int = 0,
+        views: int = 0,
     ) -> None:
-        self.records = records
+        self.records = records if isinstance(records, Records) else Records(records)
         self.size = size
         self.crop = crop
         self.seed = seed
-        self.groups = group_ids(records)
+        self.views = views
+        self.groups = group_ids(self.records)
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, at: tuple[int, int]) -> tuple[int, int, str, np.ndarray] | Skipped:
-        epoch, index = at
-        record = self.records[index]
+    def __getitem__(self, draw: Draw) -> Sample | Skipped:
+        data = self.read(draw)
+        return data if isinstance(data, Skipped) else self.decode(draw, data)
+
+    def read(self, draw: Draw) -> bytes | Skipped:
+        """Return the encoded image of a pair, or why it cannot be used."""
+        record = self.records[draw.sample]
         if not record.caption:
-            return Skipped(record.key, str(record.image), "the caption is empty")
+            return Skipped(record.key, record.place, "the caption is empty")
         try:
-            image = decode(record.image)
-        except DECODE_ERRORS as error:
-            return Skipped(record.key, str(record.image), f"{type(error).__name__}: {error}")
-        box = self._box(image, random.Random(f"{self.seed} {epoch} {index}"))
-        pixels = np.asarray(image.resize((self.size, self.size), Image.Resampling.BILINEAR, box))
-        return index, self.groups[index], record.caption, pixels
+            return record.read()
+        except OSError as error:
+            return Skipped(record.key, record.place, f"{type(error).__name__}: {error}")
 
-    def _box(self, image: Image.Image, rng: random.Random) -> tuple[float, float, float, float]:
-        """Return the crop as (left, top, right, bottom); never flipped, sides are in captions."""
-        width, height = image.size
-        side_w = side_h = float(min(width, height))
-        if self.crop is None:
-            left, top = (width - side_w) / 2, (height - side_h) / 2
-        else:
-            share = rng.uniform(self.crop, 1) * width * height
-            ratio = rng.uniform(0.9, 1.1)
-            side_w = min((share * ratio) ** 0.5, width)
-            side_h = min((share / ratio) ** 0.5, height)
-            left, top = rng.uniform(0, width - side_w), rng.uniform(0, height - side_h)
-        return left, top, left + side_w, top + side_h
+    def decode(self, draw: Draw, data: bytes) -> Sample | Skipped:
+        """Return the views of an encoded image, or why it cannot be used."""
+        record = self.records[draw.sample]
+        try:
+            image = decode(data)
+        except ImageError as error:
+            return Skipped(record.key, record.place, str(error))
+        crops = self.crops(draw, *image.size)
+        sides = (self.size, self.size)
+        # Pillow's bilinear filter widens with the reduction, so that nothing is aliased.
+        pixels = (image.resize(sides, Image.Resampling.BILINEAR, box) for box in crops.boxes)
+        return Sample(draw, tuple(np.asarray(view) for view in pixels), crops.looks)
+
+    def crops(self, draw: Draw, width: int, height: int) -> Crops:
+        """Return the crops of an image of this size; of one draw they are always the same."""
+        rng = random.Random(f"{self.seed} {draw.turn} {draw.sample}")
+        # Never flipped: left and right are in the captions.
+        main = (
+            centre_box(width, height)
+            if self.crop is None
+            else random_box(width, height, self.crop, rng)
+        )
+        extra = [
+            (random_box(width, height, SMALLEST_CROP, rng), random_looks(rng))
+            for _ in range(self.views)
+        ]
+        boxes, looks = (tuple(part) for part in zip(*extra, strict=True)) if extra else ((), ())
+        return Crops((main, *boxes), looks)
 
 
-class _EpochSampler:
-    """Batches of (epoch, index) that depend on the seed and the epoch alone."""
+class _Batches:
+    """What torch's DataLoader asks for the batches of the present epoch."""
 
-    def __init__(self, length: int, batch_size: int, seed: int, shuffle: bool) -> None:
-        self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
-        self.epoch = 0
+    def __init__(self, order: Order) -> None:
+        self.order, self.epoch, self.start = order, 0, 0
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        return self.order.batches(self.epoch, self.start)
 
     def __len__(self) -> int:
-        # A shuffled epoch drops its last, smaller batch, so that every loss has as many negatives.
-        if self.shuffle and self.length >= self.batch_size:
-            return self.length // self.batch_size
-        return -(-self.length // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = list(range(self.length))
-        if self.shuffle:
-            random.Random(f"{self.seed} {self.epoch}").shuffle(order)
-        for step in range(len(self)):
-            chunk = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield [(self.epoch, index) for index in chunk]
+        return len(self.order) - self.start
 
 
 class Loader:
@@ -152,12 +188,14 @@ class Loader:
 
     Args:
         records: The pairs.
-        tokenizer: Captions to ids.
+        tokenizer: Captions to ids; called in the workers.
         size: Side of the square that the model takes, in pixels.
         batch_size: Pairs per batch; a batch with unusable samples is smaller.
         crop: See `PairDataset`; a training loader, which also shuffles, has one.
         seed: Decides order and crops.
         workers: Processes that decode; 0 decodes in this one.
+        views: Number of extra views of each image.
+        order: Where it is not all records by `batch_size`, `seed` and `crop`: the order.
     """
 
     def __init__(
@@ -169,43 +207,98 @@ class Loader:
         crop: float | None = None,
         seed: int = 0,
         workers: int = 0,
+        views: int = 0,
+        order: Order | None = None,
     ) -> None:
-        self.dataset = PairDataset(records, size, crop, seed)
-        self._sampler = _EpochSampler(len(records), batch_size, seed, shuffle=crop is not None)
-        self._batches = DataLoader(
+        self.dataset = PairDataset(records, size, crop, seed, views)
+        self.tokenizer = tokenizer
+        self.workers = workers
+        self.order = order or Order([len(records)], batch_size, seed, shuffle=crop is not None)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of one epoch, from batch `start` on.
+
+        Raises:
+            UsageError: a worker process was ended from outside.
+        """
+        batches = _Batches(self.order)
+        batches.epoch, batches.start = epoch, start
+        loader: DataLoader[Any] = DataLoader(
             self.dataset,
-            batch_sampler=self._sampler,
-            num_workers=workers,
-            collate_fn=partial(_collate, tokenizer=tokenizer),
-            prefetch_factor=4 if workers else None,
+            batch_sampler=batches,
+            num_workers=self.workers,
+            collate_fn=partial(collate, dataset=self.dataset, tokenizer=self.tokenizer),
+            prefetch_factor=4 if self.workers else None,
             # Its own generator: making an iterator must not move the one that trains.
             generator=torch.Generator(),
         )
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UsageError(
+                "a process of --workers was ended from outside, as by a lack of memory; ask for "
+                "fewer --workers or a smaller --batch-size."
+            ) from None
 
-    def __len__(self) -> int:
-        return len(self._sampler)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield the batches of one epoch."""
-        self._sampler.epoch = epoch
-        return iter(self._batches)
+def collate(
+    samples: Sequence[Sample | Skipped], dataset: PairDataset, tokenizer: Tokenizer
+) -> Batch:
+    """Return the batch of some samples."""
+    good = [s for s in samples if isinstance(s, Sample)]
+    skipped = [s for s in samples if isinstance(s, Skipped)]
+    size = dataset.size
+    stacks = [
+        torch.from_numpy(np.stack([s.pixels[view] for s in good])).permute(0, 3, 1, 2)
+        if good
+        else torch.empty(0, 3, size, size, dtype=torch.uint8)
+        for view in range(1 + dataset.views)
+    ]
+    return assemble(
+        [s.draw for s in good], stacks, [s.looks for s in good], skipped, dataset, tokenizer
+    )
 
 
-def _collate(samples: list, tokenizer: Tokenizer) -> Batch:
-    skipped = tuple(s for s in samples if isinstance(s, Skipped))
-    good = [s for s in samples if not isinstance(s, Skipped)]
-    if not good:
+def assemble(
+    draws: Sequence[Draw],
+    stacks: Sequence[Tensor],
+    looks: Sequence[tuple[Looks, ...]],
+    skipped: Sequence[Skipped],
+    dataset: PairDataset,
+    tokenizer: Tokenizer,
+) -> Batch:
+    """Return a batch of B decoded pairs.
+
+    Args:
+        draws: Which pairs.
+        stacks: Their main view and each extra view, uint8 [B, 3, H, W].
+        looks: Of each pair's extra views.
+        skipped: Samples that belong to this batch and could not be used.
+        dataset: Where the pairs are from.
+        tokenizer: Captions to ids.
+    """
+    rows = [draw.sample for draw in draws]
+    if not rows:
         none = torch.empty(0, dtype=torch.int64)
-        pixels, words = torch.empty(0, 3, 0, 0, dtype=torch.uint8), torch.empty(0, 0)
-        return Batch(pixels, words.long(), words.bool(), words.bool(), none, none, skipped)
-    index, group, captions, images = zip(*good, strict=True)
-    tokens = tokenizer(captions)
+        words = none.reshape(0, 0)
+        empty = (stacks[0], words, words.bool(), words.bool(), none, none)
+        return Batch(*empty, tuple(stacks[1:]), tuple(skipped))
+    tokens = tokenizer([dataset.records[row].caption for row in rows])
     return Batch(
-        images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),
+        images=stacks[0],
         ids=tokens.ids,
         mask=tokens.mask,
         word_mask=tokens.word_mask,
-        group=torch.tensor(group),
-        index=torch.tensor(index),
-        skipped=skipped,
+        group=torch.from_numpy(dataset.groups[rows]),
+        index=torch.tensor(rows),
+        views=tuple(
+            apply_looks(stack, [own[view] for own in looks])
+            for view, stack in enumerate(stacks[1:])
+        ),
+        skipped=tuple(skipped),
     )

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import marshal
+import stat
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
+
+import numpy as np
 
 from medfast.errors import UsageError
+
+# No image of these data sets comes near; it keeps a wrong file from filling the memory.
+MOST_BYTES = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,38 +24,106 @@ class Record:
 
     Attributes:
         key: Name of the sample, unique within its split.
-        image: Path of the image file, which may be missing or damaged.
+        image: Path of the image file, which may be missing or damaged; with `span` the tar archive
+            that holds it.
         caption: Caption with white space squeezed; may be empty.
         study: Images and captions of one study belong together; None stands for itself alone.
+        origin: Patient, article or video, as "KIND ID" ("article PMC4083729"): what must not be on
+            both sides of a split. It is comparable between data sets; None where nothing is known.
+        span: Offset and size in bytes of the image within the archive `image`.
     """
 
     key: str
     image: Path
     caption: str
     study: str | None = None
+    origin: str | None = None
+    span: tuple[int, int] | None = None
+
+    @property
+    def place(self) -> str:
+        """Where the image is, as a person would look for it."""
+        return str(self.image) if self.span is None else f"{self.image}, {self.key}"
+
+    def read(self) -> bytes:
+        """Return the encoded image.
+
+        Raises:
+            OSError: the file is missing, no plain file, too large, or ends before the image does.
+        """
+        status = self.image.stat()
+        # To open a named pipe would wait for ever.
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("it is no plain file")
+        offset, size = self.span or (0, status.st_size)
+        if size > MOST_BYTES:
+            raise OSError(f"it has {size} bytes, more than {MOST_BYTES}")
+        with self.image.open("rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+        if len(data) < size:
+            raise OSError(f"the archive ends within the image ({len(data)} of {size} bytes)")
+        return data
+
+
+class Records(Sequence[Record]):
+    """Records in one block of memory, a few hundred bytes each.
+
+    A list of millions of objects takes several times that, and in processes that were forked it is
+    copied little by little, as Python counts the references to what they look at.
+
+    Args:
+        records: What to keep.
+    """
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        blocks = [
+            marshal.dumps((r.key, str(r.image), r.caption, r.study, r.origin, r.span))
+            for r in records
+        ]
+        self._ends = np.cumsum([0, *map(len, blocks)])
+        self._data = b"".join(blocks)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, at: int) -> Record: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Record]: ...
+    def __getitem__(self, at: int | slice) -> Record | list[Record]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        start, end = self._ends[range(len(self))[at] : range(len(self))[at] + 2]
+        key, image, caption, study, origin, span = marshal.loads(self._data[start:end])
+        return Record(key, Path(image), caption, study, origin, span)
 
 
 def clean_caption(text: str) -> str:
-    """Return `text` with every run of white space, line breaks included, as one space."""
-    return " ".join(text.split())
+    """Return `text` with every run of white space, line breaks included, as one space.
+
+    Halves of surrogate pairs, which JSON can spell and no encoding holds, become "?".
+    """
+    return " ".join(text.split()).encode("utf-8", "replace").decode()
 
 
-def group_ids(records: Iterable[Record]) -> list[int]:
-    """Return one integer per record, equal where the study is equal."""
+def group_ids(records: Iterable[Record]) -> np.ndarray:
+    """Return one integer per record, int64, equal where the study is equal."""
     ids: dict[str, int] = {}
-    return [
-        ids.setdefault(f"study {r.study}" if r.study is not None else f"key {r.key}", len(ids))
-        for r in records
-    ]
+    names = (f"study {r.study}" if r.study is not None else f"key {r.key}" for r in records)
+    return np.array([ids.setdefault(name, len(ids)) for name in names], np.int64)
 
 
 def read_sidecar(root: Path) -> dict[str, Any] | None:
-    """Return what `phantom.json` in `root` says of labels, studies and questions, if it is there.
+    """Return what `phantom.json` says of labels, studies and questions, if it is there.
+
+    Args:
+        root: The data set's folder; where it is a single file, `phantom.json` lies beside it.
 
     Raises:
         UsageError: the file is damaged.
     """
-    path = root / "phantom.json"
+    path = (root.parent if root.is_file() else root) / "phantom.json"
     if not path.is_file():
         return None
     try:

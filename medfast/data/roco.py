@@ -1,29 +1,41 @@
-"""ROCO: radiology figures of PubMed Central with their captions, in the three layouts in use.
-
-Access: open, through the download scripts of its authors; a copy with the images also circulates
-on Kaggle. Licence: that of each article (a Creative Commons licence, mostly CC BY). Citation:
-Pelka et al. 2018, "Radiology Objects in COntext (ROCO): A Multimodal Image Dataset".
-"""
+"""ROCO: radiology figures of PubMed Central with their captions, in the three layouts in use."""
 
 from __future__ import annotations
 
-import csv
-import json
+import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
-from medfast.data.records import Record, clean_caption, read_sidecar
-from medfast.errors import UsageError
+from medfast.data.pairs import pairs
+from medfast.data.records import Record, clean_caption
+from medfast.data.skipped import Skipped
+from medfast.data.sources import About, missing
+from medfast.data.tables import lines, rows
+
+ABOUT = About(
+    key="roco",
+    title="ROCO: Radiology Objects in COntext",
+    licence="the licence of each article, mostly Creative Commons",
+    access="Get ROCO with the scripts of its authors, github.com/razorx89/roco-dataset",
+    citation="Pelka et al. 2018, Radiology Objects in COntext (ROCO): A Multimodal Image Dataset, "
+    "LABELS at MICCAI",
+)
 
 # The word for a split in the names of Kaggle's CSV files.
 _SHORT = {"train": "train", "validation": "val", "test": "test"}
 _ID = re.compile(r"[A-Za-z]+_\d+")
+_ARTICLE = re.compile(r"PMC\d+")
+
+# Of a pair's id: its article, and the name of its image in the article's archive.
+_Links = dict[str, tuple[str | None, str]]
 
 
-def read(root: Path, split: str) -> list[Record]:
-    """Return the radiology pairs of one split.
+def read(root: Path, split: str) -> Iterator[Record | Skipped]:
+    """Yield the radiology pairs of one split.
+
+    The origin of a pair is its article, which `dlinks.txt` or `licences.txt` beside the captions
+    names, or else the name of the image.
 
     Args:
         root: Folder that holds ROCO in one of its layouts: the original one
@@ -34,13 +46,8 @@ def read(root: Path, split: str) -> list[Record]:
     Raises:
         UsageError: no layout is recognised, a column is missing, or there is no pair.
     """
-    if not root.is_dir():
-        raise UsageError(
-            f"roco: there is no folder {root}. Get ROCO (github.com/razorx89/roco-dataset), put it "
-            "there and name it as --train-data roco:FOLDER."
-        )
     folder = root / split / "radiology"
-    layouts: dict[Path, Callable[[Path], Iterator[Record]]] = {
+    layouts: dict[Path, Callable[[Path], Iterator[Record | Skipped]]] = {
         folder / "captions.txt": _read_captions,
         folder / f"{_SHORT[split]}data.csv": _read_csv,
         folder / f"radiology{_SHORT[split]}data.csv": _read_csv,
@@ -48,78 +55,107 @@ def read(root: Path, split: str) -> list[Record]:
     }
     found = next((path for path in layouts if path.is_file()), None)
     if found is None:
-        names = ", ".join(str(path.relative_to(root)) for path in layouts)
-        raise UsageError(f"roco: {root} holds no {split} captions; looked for {names}.")
-    try:
-        records = list(layouts[found](found))
-    except UnicodeDecodeError as error:
-        raise UsageError(f"roco: {found} is not UTF-8 text ({error}).") from None
-    if not records:
-        raise UsageError(f"roco: {found} holds no pair.")
-    return _with_studies(root, records)
+        raise missing(ABOUT, root, [str(path.relative_to(root)) for path in layouts])
+    yield from pairs(layouts[found](found), f"roco: {found}", split, root)
 
 
-def _read_captions(path: Path) -> Iterator[Record]:
+def _read_captions(path: Path) -> Iterator[Record | Skipped]:
     """Yield the pairs of `ID<TAB> caption` lines; a line without an id continues its caption."""
+    links = _read_links(path.parent)
+    images = path.parent / "images"
+    names = frozenset(os.listdir(images)) if images.is_dir() else frozenset()
+
+    def record(key: str, caption: str) -> Record:
+        image = images / _image_name(key, links, names)
+        return _record(key, image, caption, links)
+
     key = ""
-    lines: list[str] = []
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            head, tab, caption = line.partition("\t")
-            if tab and _ID.fullmatch(head.lstrip("\ufeff")):
-                if key:
-                    yield _record(key, path.parent / "images" / f"{key}.jpg", " ".join(lines))
-                key, lines = head.lstrip("\ufeff"), [caption]
-            elif key:
-                lines.append(line)
-            elif line.strip():
-                raise UsageError(
-                    f"roco: line {number} of {path} must be an id, a tab and a caption; "
-                    f"got {line.strip()[:60]!r}."
-                )
+    caption: list[str] = []
+    for number, line in enumerate(lines(path), 1):
+        head, tab, rest = line.partition("\t")
+        if tab and _ID.fullmatch(head):
+            if key:
+                yield record(key, " ".join(caption))
+            key, caption = head, [rest]
+        elif key:
+            caption.append(line)
+        elif line.strip():
+            yield Skipped(
+                f"line {number}",
+                str(path),
+                f"it must be an id, a tab and a caption; got {line.strip()[:60]!r}",
+            )
     if key:
-        yield _record(key, path.parent / "images" / f"{key}.jpg", " ".join(lines))
+        yield record(key, " ".join(caption))
 
 
-def _read_csv(path: Path) -> Iterator[Record]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        columns = rows.fieldnames or []
-        for column in ("id", "name", "caption"):
-            if column not in columns:
-                raise UsageError(
-                    f"roco: {path} has no column {column!r}; its columns are: "
-                    f"{', '.join(columns) or 'none'}."
+def _read_csv(path: Path) -> Iterator[Record | Skipped]:
+    links = _read_links(path.parent)
+    for row in rows(path, ("id", "name", "caption")):
+        if isinstance(row, Skipped):
+            yield row
+            continue
+        line, cells = row
+        name = cells["name"]
+        if name is None:
+            yield Skipped(cells["id"] or line, str(path), "it has no image name")
+        else:
+            key = cells["id"] or name
+            yield _record(key, path.parent / "images" / name, cells["caption"], links)
+
+
+def _read_json_lines(path: Path) -> Iterator[Record | Skipped]:
+    for row in rows(path, ("image_path", "caption")):
+        if isinstance(row, Skipped):
+            yield row
+            continue
+        line, cells = row
+        image = cells["image_path"]
+        if image is None:
+            yield Skipped(line, str(path), "its image_path is empty")
+        else:
+            yield _record(image, path.parent / image, cells["caption"], {})
+
+
+def _record(key: str, image: Path, caption: str | None, links: _Links) -> Record:
+    article, _ = links.get(key, (None, ""))
+    if article is None:
+        article = _article(image.name)
+    return Record(
+        key=key,
+        image=image,
+        caption=clean_caption(caption or ""),
+        origin=None if article is None else f"article {article}",
+    )
+
+
+def _read_links(folder: Path) -> _Links:
+    """Return what `dlinks.txt` says of each id, or without it the list of licences."""
+    for name in ("dlinks.txt", "licences.txt"):
+        path = folder / name
+        if path.is_file():
+            # "ID <tab> command with the archive's address <tab> name", "ID,PMC..._name,licence".
+            parts = (re.split(r"\t" if name == "dlinks.txt" else ",", line) for line in lines(path))
+            return {
+                part[0]: (
+                    _article("\t".join(part)),
+                    part[-1 if name == "dlinks.txt" else 1].strip(),
                 )
-        for row in rows:
-            name = row["name"] or ""
-            yield _record(row["id"] or name, path.parent / "images" / name, row["caption"] or "")
+                for part in parts
+                if len(part) > 1
+            }
+    return {}
 
 
-def _read_json_lines(path: Path) -> Iterator[Record]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                image, caption = row["image_path"], row["caption"]
-            except (ValueError, KeyError, TypeError):
-                raise UsageError(
-                    f"roco: line {number} of {path} must be a JSON object with 'image_path' and "
-                    f"'caption'; got {line.strip()[:60]!r}."
-                ) from None
-            yield _record(str(image), path.parent / str(image), str(caption or ""))
+def _image_name(key: str, links: _Links, names: frozenset[str]) -> str:
+    """Return the name of an image file: by its id, or as the authors' script names it."""
+    own = f"{key}.jpg"
+    if own in names or key not in links:
+        return own
+    article, name = links[key]
+    return next((n for n in (f"{article}_{name}", name) if n in names), own)
 
 
-def _record(key: str, image: Path, caption: str) -> Record:
-    return Record(key=key, image=image, caption=clean_caption(caption))
-
-
-def _with_studies(root: Path, records: list[Record]) -> list[Record]:
-    """Add the study ids that a sidecar gives; ROCO itself has none."""
-    sidecar = read_sidecar(root)
-    if sidecar is None:
-        return records
-    samples = sidecar["samples"]
-    return [replace(r, study=samples[r.key]["study"]) if r.key in samples else r for r in records]
+def _article(text: str) -> str | None:
+    match = _ARTICLE.search(text)
+    return match[0] if match else None

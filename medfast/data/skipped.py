@@ -33,7 +33,8 @@ class SkippedSamples:
         self._limit = limit
         # A run that goes on keeps what it has listed before.
         listed = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self._seen = {json.loads(line)["path"] for line in listed}
+        rows = (json.loads(line) for line in listed)
+        self._seen = {(row["key"], row["path"]) for row in rows}
 
     def __len__(self) -> int:
         return len(self._seen)
@@ -44,10 +45,10 @@ class SkippedSamples:
         Raises:
             UsageError: their share is over the limit.
         """
-        new = [s for s in samples if s.path not in self._seen]
+        new = [s for s in samples if (s.key, s.path) not in self._seen]
         if not new:
             return
-        self._seen.update(s.path for s in new)
+        self._seen.update((s.key, s.path) for s in new)
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(s._asdict(), ensure_ascii=False) + "\n" for s in new)
         if len(self) > self._limit * self._total:

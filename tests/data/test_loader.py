@@ -1,13 +1,26 @@
 import dataclasses
+import os
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from medfast.data.loader import Loader, decode
-from medfast.data.records import Record, clean_caption, group_ids
-from medfast.data.roco import read
+from medfast.data import read_split
+from medfast.data.loader import Loader
+from medfast.data.order import Order
+from medfast.data.pipelines import make_loader
+from medfast.data.records import Record, Records, clean_caption, group_ids
+from medfast.errors import UsageError
+
+KINDS = ["torch", "dali"]
+CPU = torch.device("cpu")
+
+
+def read(root, split):
+    return read_split("roco", root, split).records
 
 
 def _batches(loader, epoch=0):
@@ -19,105 +32,197 @@ def _same(a, b):
         torch.equal(getattr(x, f.name), getattr(y, f.name))
         for x, y in zip(a, b, strict=True)
         for f in dataclasses.fields(x)
-        if f.name != "skipped"
+        if f.name not in ("views", "skipped")
+    ) and all(
+        torch.equal(u, v)
+        for x, y in zip(a, b, strict=True)
+        for u, v in zip(x.views, y.views, strict=True)
     )
 
 
-def test_an_epoch_depends_on_its_number_and_the_seed_alone(phantom, tokenizer):
+@pytest.fixture(params=KINDS)
+def make(request, tokenizer):
+    """Make a loader of either kind of 32-pixel images."""
+    if request.param == "dali":
+        pytest.importorskip("nvidia.dali")
+
+    def make(records, batch_size, crop=None, seed=0, workers=0, **more):
+        arguments = (records, tokenizer, 32, batch_size, crop, seed, workers)
+        return make_loader(request.param, CPU, *arguments, **more)
+
+    return make
+
+
+def test_an_epoch_depends_on_its_number_and_the_seed_alone(phantom, make):
     records = read(phantom, "train")
 
-    def epoch(number, seed=0, workers=0):
-        return _batches(Loader(records, tokenizer, 32, 8, 0.8, seed, workers), number)
+    def epoch(number, seed=0, workers=0, views=1):
+        return _batches(make(records, 8, 0.8, seed, workers, views=views), number)
 
     first = epoch(3)
     assert _same(first, epoch(3))
     assert _same(first, epoch(3, workers=2))
     assert not _same(first, epoch(4))
     assert not _same(first, epoch(3, seed=1))
+    # The main view does not depend on how many others there are.
+    assert all(
+        torch.equal(a.images, b.images) for a, b in zip(first, epoch(3, views=0), strict=True)
+    )
 
 
-def test_making_batches_leaves_the_training_generator_alone(phantom, tokenizer):
+@pytest.mark.parametrize("start", [1, 5, 11, 12])
+def test_an_epoch_goes_on_from_any_batch(phantom, make, start):
+    records = read(phantom, "train")
+    loader = make(records, 8, 0.8, views=1)
+    assert _same(_batches(loader)[start:], list(loader.epoch(0, start)))
+
+
+def test_ranks_share_the_batch_of_one_process(phantom, make):
+    records = read(phantom, "train")
+    whole = _batches(make(records, 12, 0.8), 2)
+    parts = [
+        _batches(make(records, 4, 0.8, order=Order([len(records)], 4, rank=r, world=3)), 2)
+        for r in range(3)
+    ]
+    for step, batch in enumerate(whole):
+        shares = [part[step] for part in parts]
+        assert torch.equal(batch.index, torch.cat([s.index for s in shares]))
+        assert torch.equal(batch.images, torch.cat([s.images for s in shares]))
+
+
+def test_making_batches_leaves_the_training_generator_alone(phantom, make):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    _batches(Loader(read(phantom, "validation"), tokenizer, 32, 4, crop=0.8))
+    _batches(make(read(phantom, "validation"), 4, 0.8, views=1))
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_training_epoch_drops_the_short_batch_and_evaluation_keeps_it(phantom, tokenizer):
+def test_a_training_epoch_drops_the_short_batch_and_evaluation_keeps_it(phantom, make):
     records = read(phantom, "train")[:21]
-    assert [len(b) for b in _batches(Loader(records, tokenizer, 32, 8, crop=0.8))] == [8, 8]
-    held_out = _batches(Loader(records, tokenizer, 32, 8))
+    assert [len(b) for b in _batches(make(records, 8, 0.8))] == [8, 8]
+    held_out = _batches(make(records, 8))
     assert torch.cat([b.index for b in held_out]).tolist() == list(range(21))
 
 
-def test_fewer_pairs_than_a_batch_make_one_batch(phantom, tokenizer):
+def test_fewer_pairs_than_a_batch_make_one_batch(phantom, make):
     records = read(phantom, "train")[:5]
-    assert [len(b) for b in _batches(Loader(records, tokenizer, 32, 8, crop=0.8))] == [5]
+    assert [len(b) for b in _batches(make(records, 8, 0.8))] == [5]
 
 
-def test_crops_keep_sides(tmp_path, tokenizer):
+def test_crops_keep_sides_and_only_extra_views_are_flipped(tmp_path, make):
     pixels = np.zeros((40, 60, 3), np.uint8)
     pixels[:, :30] = 255  # bright on the left
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    records = [Record("a", tmp_path / "a.png", "left")]
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=95)
+    records = [Record("a", tmp_path / "a.jpg", "left")]
+    flipped = 0
+    loader = make(records, 1, 0.5, views=2)
     for epoch in range(20):
-        (batch,) = _batches(Loader(records, tokenizer, 16, 1, crop=0.5), epoch)
-        image = batch.images[0].float()
-        assert image[..., :4].mean() > image[..., -4:].mean()
+        (batch,) = _batches(loader, epoch)
+        left, right = (
+            batch.images[0, ..., part].float().mean() for part in (slice(4), slice(-4, None))
+        )
+        assert left > right
+        for view in batch.views:
+            flipped += bool(view[0, ..., :4].float().mean() < view[0, ..., -4:].float().mean())
+    assert 5 < flipped < 35
 
 
-def test_damaged_samples_are_skipped_with_their_reason(own_phantom, tokenizer):
-    records = read(own_phantom, "train")[:6]
+def test_damaged_samples_are_skipped_with_their_reason(own_phantom, make):
+    records = read(own_phantom, "train")[:8]
     whole = records[0].image.read_bytes()
     records[0].image.write_bytes(whole[: len(whole) // 2])
     records[1].image.write_bytes(b"")
     records[2].image.unlink()
     records[3] = dataclasses.replace(records[3], caption="")
-    (batch,) = _batches(Loader(records, tokenizer, 32, 8))
-    assert batch.index.tolist() == [4, 5]
+    records[4].image.unlink()
+    os.mkfifo(records[4].image)  # to open it would wait for ever
+    records[5].image.unlink()
+    records[5].image.mkdir()
+    (batch,) = _batches(make(records, 8, views=1))
+    assert batch.index.tolist() == [6, 7]
+    assert [len(view) for view in batch.views] == [2]
     reasons = {s.key: s.reason for s in batch.skipped}
-    assert list(reasons) == [r.key for r in records[:4]]
+    assert list(reasons) == [r.key for r in records[:6]]
     assert "truncated" in reasons[records[0].key]
-    assert "cannot identify" in reasons[records[1].key]
+    assert "empty" in reasons[records[1].key] or "cannot identify" in reasons[records[1].key]
     assert "FileNotFoundError" in reasons[records[2].key]
     assert "caption is empty" in reasons[records[3].key]
+    assert "no plain file" in reasons[records[4].key]
+    assert "no plain file" in reasons[records[5].key]
 
 
-def test_a_batch_may_lose_all_its_samples(own_phantom, tokenizer):
+def test_a_batch_may_lose_all_its_samples(own_phantom, make):
     records = read(own_phantom, "train")[:2]
     for record in records:
         record.image.unlink()
-    (batch,) = _batches(Loader(records, tokenizer, 32, 8))
+    (batch,) = _batches(make(records, 8, views=2))
     assert len(batch) == 0
-    assert len(batch.skipped) == 2
+    assert len(batch.views) == len(batch.skipped) == 2
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK", "1", "I;16"])
-def test_every_mode_becomes_rgb(tmp_path, mode):
-    ramp = np.tile(np.linspace(0, 255, 16, dtype=np.uint8), (16, 1))
-    if mode == "I;16":
-        image = Image.fromarray(ramp.astype(np.uint16) * 16)  # 12 bits, as scanners give
-    else:
-        image = Image.fromarray(ramp).convert("RGB").convert(mode)
-    path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
-    image.save(path)
-    found = np.asarray(decode(path))
-    assert found.shape == (16, 16, 3)
-    assert found[:, 0].max() < 20
-    assert found[:, -1].min() > 235
+def test_an_abandoned_epoch_ends_at_once(phantom, make):
+    loader = make(read(phantom, "train"), 8, 0.8, workers=1)
+    batches = loader.epoch(0)
+    first = next(batches)
+    batches.close()
+    assert torch.equal(next(loader.epoch(0)).images, first.images)
 
 
-def test_a_rotated_photograph_is_turned_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (10, 20)).save(tmp_path / "a.jpg", exif=exif)
-    assert decode(tmp_path / "a.jpg").size == (20, 10)
+def test_a_member_of_an_archive_is_read_where_it_lies(tmp_path, phantom, make):
+    records = read(phantom, "train")[:3]
+    archive, moved = b"", []
+    for record in records:
+        data = record.read()
+        moved.append(
+            dataclasses.replace(record, image=tmp_path / "a.tar", span=(len(archive), len(data)))
+        )
+        archive += data + b"more"
+    (tmp_path / "a.tar").write_bytes(archive)
+    (expected,), (found,) = _batches(make(records, 8)), _batches(make(moved, 8))
+    assert torch.equal(found.images, expected.images)
+    (tmp_path / "a.tar").write_bytes(archive[: moved[2].span[0] + 5])
+    (cut,) = _batches(make(moved, 8))
+    assert cut.index.tolist() == [0, 1]
+    assert "the archive ends within the image (5 of" in cut.skipped[0].reason
+    assert "a.tar" in cut.skipped[0].path
+
+
+def test_a_file_that_would_fill_the_memory_is_not_read(tmp_path, make):
+    with (tmp_path / "a.jpg").open("wb") as file:
+        file.truncate(2**40)  # sparse: it takes no room on disk
+    (batch,) = _batches(make([Record("a", tmp_path / "a.jpg", "x")], 8))
+    assert "more than" in batch.skipped[0].reason
+
+
+def test_a_killed_worker_is_a_sentence(phantom, tokenizer, monkeypatch):
+    monkeypatch.setattr("medfast.data.loader.decode", lambda data: os._exit(9))
+    with pytest.raises(UsageError, match="--workers was ended from outside"):
+        _batches(Loader(read(phantom, "train"), tokenizer, 32, 8, workers=1))
 
 
 def test_groups_follow_the_study():
     records = [Record(str(i), None, "x", study) for i, study in enumerate(["a", None, "a", None])]
-    assert group_ids(records) == [0, 1, 0, 2]
+    assert group_ids(records).tolist() == [0, 1, 0, 2]
+
+
+def test_records_in_one_block_are_the_records():
+    records = [
+        Record("a", Path("/x/a.jpg"), "one é \U0001fac1"),
+        Record("b", Path("y/b.tar"), "", "study", "article PMC1", (512, 7)),
+        Record("c\udcff", Path("c\udcff"), "a name that is not UTF-8"),
+    ]
+    block = Records(iter(records))
+    assert list(block) == records
+    assert (len(block), block[-1], block[1:]) == (3, records[2], records[1:])
+    assert list(pickle.loads(pickle.dumps(block))) == records
+    assert len(Records([])) == 0
+    with pytest.raises(IndexError):
+        block[3]
 
 
 def test_white_space_in_captions_is_squeezed():
     assert clean_caption(" a\tb\r\n\n c\u00a0d ") == "a b c d"
+
+
+def test_half_a_character_in_a_caption_becomes_a_question_mark():
+    assert clean_caption("\ud83d chest") == "? chest"

@@ -3,6 +3,7 @@
 It is a working stand-in in which fine detail matters, not medical data.
 """
 
-from medfast.data.phantom.write import GENERATOR_VERSION, LAYOUTS, cached_phantom, write_phantom
+from medfast.data.phantom.layouts import LAYOUTS
+from medfast.data.phantom.write import GENERATOR_VERSION, cached_phantom, source, write_phantom
 
-__all__ = ["GENERATOR_VERSION", "LAYOUTS", "cached_phantom", "write_phantom"]
+__all__ = ["GENERATOR_VERSION", "LAYOUTS", "cached_phantom", "source", "write_phantom"]

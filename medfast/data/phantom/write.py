@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -16,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from medfast.data.phantom.captions import caption, false_captions, prompts
-from medfast.data.phantom.cases import CLASSES, SPLITS, Sample, sample_all
+from medfast.data.phantom.cases import CLASSES, Sample, sample_all
 from medfast.data.phantom.images import render
+from medfast.data.phantom.layouts import LAYOUTS, Layout
 from medfast.errors import UsageError, unknown_name
 
 # Raised whenever the same arguments give other files, so that old caches are left behind.
 GENERATOR_VERSION = 1
-LAYOUTS = ("roco",)
 FEWEST_PAIRS = 30
 
 _CHUNK = 32
@@ -42,12 +43,15 @@ def write_phantom(
 ) -> Path:
     """Write procedural medical-like images with captions into `out` and return it.
 
-    Files, in ROCO's original layout: `{train,validation,test}/radiology/captions.txt`,
-    `dlinks.txt` and `images/PHANTOM_00001.jpg`; histology lies under `radiology` too, so that one
-    folder holds all. `phantom.json` at the root, written last, has the labels, the studies and, for
-    validation and test, pairs of a true caption and one with a single wrong detail. Left and right
-    are the viewer's throughout. The files depend on `layout`, `pairs` and `seed` alone, not on
-    `workers`.
+    The default layout is ROCO's original one: `{train,validation,test}/radiology/captions.txt`,
+    `dlinks.txt` and `images/PHANTOM_00001.jpg`. In every layout all lies in one folder, histology
+    too. `phantom.json` at the root, written last, has, by the keys, splits and studies that the
+    layout's reader gives, the labels and, for validation and test, pairs of a true caption and one
+    with a single wrong detail. Left and right are the viewer's throughout. The files depend on
+    `layout`, `pairs` and `seed` alone, not on `workers`.
+
+    Two layouts cannot hold all: in Quilt's the views of a study are single images, and 1 % of what
+    is not test is for validation, as in Quilt-1M itself; in MIMIC-CXR's they share one caption.
 
     Args:
         out: The folder to fill; must be new or empty.
@@ -73,11 +77,14 @@ def write_phantom(
     """
     _check_arguments(layout, pairs, seed, workers)
     out = Path(out)
-    _make_folders(out)
+    _make_folder(out)
     samples = sample_all(pairs, seed)
-    for split in SPLITS:
-        _write_texts(out / split / "radiology", [s for s in samples if s.split == split])
-    with closing(_write_images(out, samples, workers or os.cpu_count() or 1)) as counts:
+    place = LAYOUTS[layout]
+    for name, text in place.texts(samples):
+        path = out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8", newline="\n")
+    with closing(_write_images(out, layout, samples, workers or os.cpu_count() or 1)) as counts:
         for done in accumulate(counts):
             if progress is not None:
                 progress(done, pairs)
@@ -92,9 +99,14 @@ def write_phantom(
             for label, classes in CLASSES.items()
         },
         "samples": {
-            s.id: {"split": s.split, "study": s.study, "labels": s.case.labels()} for s in samples
+            place.key(s): {
+                "split": place.split(s),
+                "study": place.study(s),
+                "labels": s.case.labels(),
+            }
+            for s in samples
         },
-        "questions": [question for s in samples for question in _questions(s)],
+        "questions": [question for s in samples for question in _questions(s, place)],
     }
     text = json.dumps(sidecar, indent=1, sort_keys=True, ensure_ascii=False)
     (out / "phantom.json").write_text(text + "\n", encoding="utf-8")
@@ -151,9 +163,17 @@ def cached_phantom(
     return folder
 
 
+def source(layout: str, out: Path) -> str:
+    """Return the phantom in `out` as --train-data names it, such as "roco:/data/phantom"."""
+    return f"{LAYOUTS[layout].source}:{Path(out) / LAYOUTS[layout].table}"
+
+
 def _check_arguments(layout: str, pairs: int, seed: int, workers: int | None) -> None:
     if layout not in LAYOUTS:
         raise UsageError(unknown_name("phantom: layout", layout, LAYOUTS))
+    package = LAYOUTS[layout].package
+    if package and importlib.util.find_spec(package) is None:
+        raise UsageError(f"phantom: layout {layout} needs {package}: pip install {package}.")
     if pairs < FEWEST_PAIRS:
         raise UsageError(
             f"phantom: pairs must be at least {FEWEST_PAIRS}, so that every split has some; "
@@ -165,15 +185,14 @@ def _check_arguments(layout: str, pairs: int, seed: int, workers: int | None) ->
         raise UsageError(f"phantom: workers must be at least 1; got {workers}. Give 1 or more.")
 
 
-def _make_folders(out: Path) -> None:
+def _make_folder(out: Path) -> None:
     try:
         if out.exists() and any(out.iterdir()):
             raise UsageError(
                 f"phantom: out must be a new or empty folder; {out} has files in it. "
                 "Name another folder, or empty this one."
             )
-        for split in SPLITS:
-            (out / split / "radiology" / "images").mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(out, error) from error
 
@@ -185,17 +204,12 @@ def _unwritable(folder: Path, error: OSError) -> UsageError:
     )
 
 
-def _write_texts(folder: Path, samples: list[Sample]) -> None:
-    captions = "".join(f"{s.id}\t {caption(s)}\n" for s in samples)
-    links = "".join(f"{s.id}\tmedfast phantom {s.study}\t{s.id}.jpg\n" for s in samples)
-    (folder / "captions.txt").write_text(captions, encoding="utf-8")
-    (folder / "dlinks.txt").write_text(links, encoding="utf-8")
-
-
-def _write_images(out: Path, samples: list[Sample], workers: int) -> Generator[int, None, None]:
+def _write_images(
+    out: Path, layout: str, samples: list[Sample], workers: int
+) -> Generator[int, None, None]:
     """Write every image and yield the number written, chunk by chunk."""
     chunks = [samples[start : start + _CHUNK] for start in range(0, len(samples), _CHUNK)]
-    write = partial(_write_chunk, out)
+    write = partial(_write_chunk, out, layout)
     if workers == 1:
         yield from map(write, chunks)
         return
@@ -211,18 +225,22 @@ def _write_images(out: Path, samples: list[Sample], workers: int) -> Generator[i
         pool.shutdown(cancel_futures=True)
 
 
-def _write_chunk(out: Path, samples: list[Sample]) -> int:
+def _write_chunk(out: Path, layout: str, samples: list[Sample]) -> int:
+    place = LAYOUTS[layout]
     for sample in samples:
-        path = out / sample.split / "radiology" / "images" / f"{sample.id}.jpg"
-        render(sample).save(path, quality=90)
+        path = out / place.image(sample)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        place.save(render(sample), path, sample)
     return len(samples)
 
 
-def _questions(sample: Sample) -> list[dict[str, Any]]:
-    if sample.split not in _QUESTION_SPLITS:
+def _questions(sample: Sample, place: Layout) -> list[dict[str, Any]]:
+    split = place.split(sample)
+    if split not in _QUESTION_SPLITS:
         return []
-    true = caption(sample)
+    worded = place.worded(sample)
+    true = caption(worded)
     return [
-        {"id": sample.id, "split": sample.split, "about": detail, "true": true, "false": false}
-        for detail, false in false_captions(sample).items()
+        {"id": place.key(sample), "split": split, "about": detail, "true": true, "false": false}
+        for detail, false in false_captions(worded).items()
     ]

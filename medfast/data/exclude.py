@@ -1,0 +1,84 @@
+"""Exclusion lists: training samples to leave out, because they are held out elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from medfast.errors import UsageError
+
+NAME = "medfast-exclude.jsonl"
+
+
+def exclusion_file(root: Path) -> Path:
+    """Return where the exclusion list of the data set in `root` lies, whether or not it is there.
+
+    That is `medfast-exclude.jsonl` in its folder; beside it, named after it, if the set is a file.
+    """
+    return root.with_name(f"{root.name}.{NAME}") if root.is_file() else root / NAME
+
+
+def read_exclusions(path: Path) -> set[tuple[str, str]]:
+    """Return the (source, key) of every training sample that a list leaves out.
+
+    Raises:
+        UsageError: the file is missing, or a line of it is damaged.
+    """
+    return {(row["source"], row["key"]) for row in read_rows(path)}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of an exclusion list: source, key, reason, overlaps_with.
+
+    Raises:
+        UsageError: the file is missing, or a line of it is damaged.
+    """
+    rows = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                row = _row(line)
+                if row is None:
+                    raise UsageError(
+                        f"line {number} of the exclusion list {path} must be a JSON object with "
+                        f"'source' and 'key'; got {line.strip()[:60]!r}. Write the list again with "
+                        "python -m medfast.data check."
+                    )
+                rows.append(row)
+    except OSError as error:
+        raise UsageError(f"the exclusion list {path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"the exclusion list {path} is not UTF-8 text ({error}). Write it again with "
+            "python -m medfast.data check."
+        ) from None
+    return rows
+
+
+def write_exclusions(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write an exclusion list, beside and renamed, so that there is never half a list.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    os.replace(part, path)
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict):
+        return None
+    if not isinstance(row.get("source"), str) or not isinstance(row.get("key"), str):
+        return None
+    return row

@@ -1,0 +1,65 @@
+"""What every data set says of itself, and the sentences for what is missing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from medfast.errors import UsageError
+
+
+@dataclass(frozen=True)
+class About:
+    """Facts of a data set.
+
+    Attributes:
+        key: Its name on the command line.
+        title: Its full name.
+        licence: The licence, or the agreement under which it is given.
+        access: How to get it, as a sentence that starts with a verb.
+        citation: The paper to cite.
+        credentialed: Whether only people who signed an agreement may see its images.
+    """
+
+    key: str
+    title: str
+    licence: str
+    access: str
+    citation: str
+    credentialed: bool = False
+
+
+def missing(about: About, root: Path, looked_for: Iterable[str] = ()) -> UsageError:
+    """Return the error for a folder or a file of the data set that is not there.
+
+    It says what to get, under which agreement, and where to put it.
+    """
+    if not root.exists():
+        what = f"there is no {root}"
+    else:
+        what = f"{root} holds none of: {', '.join(looked_for)}"
+    return UsageError(
+        f"{about.key}: {what}. {about.access} ({about.licence}), put it there and name it as "
+        f"--train-data {about.key}:{root}."
+    )
+
+
+def hash_split(group: str, validation: float, test: float = 0.0) -> str:
+    """Return the split of a group (patient, article, image) that upstream does not fix.
+
+    It depends on the name of the group alone, so whatever shares a group shares its split.
+
+    Args:
+        group: Name of the group.
+        validation: Share of the groups in "validation".
+        test: Share of the groups in "test".
+    """
+    # File names need not be UTF-8.
+    name = group.encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(name, digest_size=8).digest()
+    place = int.from_bytes(digest, "big") / 2**64
+    if place < validation:
+        return "validation"
+    return "test" if place < validation + test else "train"
