@@ -17,9 +17,11 @@ test: $(VENV)/installed-test
 bench: $(VENV)/installed-test
 	$(BIN)/python -m pytest --benchmark-only
 	$(BIN)/python -m benchmarks.errors
+	$(BIN)/python -m benchmarks.loaders
 
 slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest --benchmark-only -m slow
+	$(BIN)/python -m benchmarks.loaders --soak 20000
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
+from benchmarks import loaders, results
 from benchmarks.conditions import machine as machine_of
 from benchmarks.ops import OPS
 from benchmarks.targets import line, quantity, size
@@ -46,6 +46,8 @@ def report(found: Sequence[dict[str, Any]]) -> str:
     for result in found:
         if result["name"] == "errors":
             parts += errors_tables(result)
+        if result["name"] == loaders.NAME:
+            parts += ["### Loaders", *loaders.summary(result)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -73,6 +75,8 @@ def readme_part(files: Sequence[str], folder: Path = results.FOLDER) -> str:
         for result in one:
             if result["name"] == "errors":
                 parts += errors_tables(result, "", _README_ERRORS)
+            if result["name"] == loaders.NAME:
+                parts += loaders.summary(result)
     return "\n\n".join([*parts, _END_MARK])
 
 

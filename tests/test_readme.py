@@ -1,5 +1,6 @@
 """The README says what is true: its tables and its commands."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 
 from benchmarks import report
 from medfast import cli
+from medfast.data import SOURCES
+from medfast.data.phantom import LAYOUTS
 from medfast.methods import METHODS
 from medfast.ops.dispatch import IMPLEMENTATIONS
 
@@ -27,6 +30,20 @@ def _table(heading):
 
 def test_every_method_is_listed():
     assert [row[0].strip("`") for row in _table("`--method`")] == list(METHODS)
+
+
+def test_every_source_is_listed_with_its_licence_and_access():
+    expected = []
+    for source, module in SOURCES.items():
+        about = importlib.import_module(module).ABOUT
+        if source == about.key:
+            expected.append([f"`{source}`", about.title, about.licence, about.access])
+    assert _table("`--train-data`") == expected
+
+
+def test_every_layout_of_the_phantom_is_listed():
+    listed = README.partition("`--layout` is that of any set below: ")[2].partition(".")[0]
+    assert re.findall(r"`(\w+)`", listed) == list(LAYOUTS)
 
 
 def test_implementations_are_those_of_the_table():
