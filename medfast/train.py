@@ -43,6 +43,9 @@ ATTENTION_EXAMPLES = 8
 PHANTOM_NOTE = (
     "The phantom is generated: a stand-in that shows whether training works, not a medical result."
 )
+CREDENTIALED_NOTE = (
+    "The data are given to single persons under an agreement: their images are left out here."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -127,6 +130,7 @@ def fit_and_evaluate(
         state: The checkpoint to go on from.
     """
     from medfast.data.pipelines import make_loader, pick_loader
+    from medfast.data.shards import is_credentialed
     from medfast.data.skipped import SkippedSamples
     from medfast.evals.encode import Encoder
     from medfast.evals.retrieval import retrieval
@@ -191,7 +195,8 @@ def fit_and_evaluate(
     log.info("%s", cli.results_table(results))
     if len(skipped):
         log.info("%d samples could not be used; they are in %s", len(skipped), run.skipped)
-    write_run_report(config, run, method, encoder, test, embeddings, results)
+    private = any(is_credentialed(source, root) for source, root in sources)
+    write_run_report(config, run, method, encoder, [] if private else test, embeddings, results)
     log.info("wrote %s", run.report)
 
 
@@ -332,16 +337,22 @@ def write_run_report(
     embeddings: Embeddings,
     results: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Write the run's report.html from its metrics, its results and a few held-out pairs."""
+    """Write the run's report.html from its metrics and results.
+
+    It shows a few of `records`, the held-out pairs; of credentialed sets, whose images must not be
+    passed on, there are none.
+    """
     from medfast.data.decode import decode
     from medfast.evals.attention import attention_examples
     from medfast.report import ContactExample, write_report
 
     found = embeddings.ranks[0].tolist()
-    shown = some(range(len(found)), CONTACT_EXAMPLES, config.seed)
+    shown = some(range(len(found)), CONTACT_EXAMPLES, config.seed) if records else []
     pairs = [(records[int(embeddings.index[row])], found[row]) for row in shown]
     attended = [record for record, _ in pairs[:ATTENTION_EXAMPLES]]
     size = PRESETS[config.model].image_size
+    notes = [PHANTOM_NOTE] if "phantom" in config.train_data else []
+    notes += [] if records else [CREDENTIALED_NOTE]
     write_report(
         run.report,
         name=run.path.name,
@@ -352,7 +363,7 @@ def write_run_report(
         attention=attention_examples(encoder, attended, size, method.word_maps),
         attention_title=method.maps_title,
         attention_note=method.maps_note,
-        note=PHANTOM_NOTE if "phantom" in config.train_data else "",
+        note=" ".join(notes),
     )
 
 

@@ -17,6 +17,7 @@ import yaml
 from medfast import checkpoint, train
 from medfast.data import read_split
 from medfast.data.exclude import exclusion_file
+from medfast.data.phantom import write_phantom
 
 SHORT = ["--epochs", "2", "--batch-size", "16", "--workers", "0", "--warmup", "2"]
 
@@ -504,3 +505,13 @@ def test_open_clips_csv_flags_name_the_columns(phantom, tmp_path, capsys):
     argv = ["--train-data", f"csv:{path}", "--csv-img-key", "picture", "--csv-caption-key", "words"]
     train.main([*argv, "--csv-separator", ";", *SHORT, "--logs", str(tmp_path), "--name", "a"])
     assert (tmp_path / "a" / "report.html").exists()
+
+
+def test_a_report_shows_no_image_of_a_credentialed_set(tmp_path, short_run):
+    data = write_phantom(tmp_path / "data", layout="mimic_cxr", pairs=60, seed=1)
+    argv = ["--train-data", f"mimic_cxr:{data}", *SHORT, "--epochs", "1", "--logs", str(tmp_path)]
+    train.main([*argv, "--name", "a"])
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert "data:image" in (short_run / "report.html").read_text()
+    assert "data:image" not in page
+    assert "under an agreement" in page
