@@ -247,7 +247,9 @@ class TrainConfig:
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise UsageError(f"{flag(name)} must be {expected}; got {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            got = (_shown(value) or "none") if isinstance(value, tuple) else repr(value)
+            raise UsageError(f"{flag(name)} must be {expected}; got {got}.")
 
 
 def flag(name: str) -> str:

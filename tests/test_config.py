@@ -26,8 +26,11 @@ from medfast.errors import UsageError
         ({"name": "x" * 300}, "--name must be a plain folder name"),
         ({"logs": ""}, "--logs must be a folder; got ''"),
         ({"train_data": "/data/roco"}, "roco:/data/roco"),
-        ({"train_data": ()}, "--train-data must be at least one source"),
-        ({"train_data": ("roco:/a", "roco:/a")}, "--train-data must be sources that differ"),
+        ({"train_data": ()}, "--train-data must be at least one source; got none"),
+        (
+            {"train_data": ("roco:/a", "roco:/a")},
+            "must be sources that differ; got roco:/a roco:/a",
+        ),
         ({"train_data": 3}, "--train-data must be a list; got 3"),
         ({"train_data": (3,)}, "--train-data must be str; got 3"),
         ({"train_data_weights": (1.0, 2.0)}, r"as many as there are sources \(1\)"),
