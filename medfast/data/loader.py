@@ -294,7 +294,7 @@ def assemble(
         ids=tokens.ids,
         mask=tokens.mask,
         word_mask=tokens.word_mask,
-        group=torch.from_numpy(dataset.groups[rows]),
+        group=torch.tensor([dataset.groups[row] for row in rows]),
         index=torch.tensor(rows),
         views=tuple(
             apply_looks(stack, [own[view] for own in looks])

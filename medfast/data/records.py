@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import marshal
 import stat
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
-
-import numpy as np
 
 from medfast.errors import UsageError
 
@@ -81,7 +81,7 @@ class Records(Sequence[Record]):
             marshal.dumps((r.key, str(r.image), r.caption, r.study, r.origin, r.span))
             for r in records
         ]
-        self._ends = np.cumsum([0, *map(len, blocks)])
+        self._ends = array("q", itertools.accumulate(map(len, blocks), initial=0))
         self._data = b"".join(blocks)
 
     def __len__(self) -> int:
@@ -107,11 +107,11 @@ def clean_caption(text: str) -> str:
     return " ".join(text.split()).encode("utf-8", "replace").decode()
 
 
-def group_ids(records: Iterable[Record]) -> np.ndarray:
-    """Return one integer per record, int64, equal where the study is equal."""
+def group_ids(records: Iterable[Record]) -> array[int]:
+    """Return one integer per record, in 64 bits, equal where the study is equal."""
     ids: dict[str, int] = {}
     names = (f"study {r.study}" if r.study is not None else f"key {r.key}" for r in records)
-    return np.array([ids.setdefault(name, len(ids)) for name in names], np.int64)
+    return array("q", (ids.setdefault(name, len(ids)) for name in names))
 
 
 def read_sidecar(root: Path) -> dict[str, Any] | None:

@@ -64,7 +64,7 @@ def test_a_leak_is_found(tmp_path, monkeypatch):
     kept, resident = [], loaders.resident
 
     def leaking():
-        kept.append(b"x" * (8 * 2**20))
+        kept.append(b"x" * (32 * 2**20))
         return resident()
 
     monkeypatch.setattr(loaders, "resident", leaking)

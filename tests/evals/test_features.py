@@ -141,7 +141,7 @@ def test_the_encoder_gives_what_pairs_are_scored_by(phantom, tokenizer, late_int
     torch.manual_seed(0)
     model = build_model(PRESETS["tiny"], tokenizer, token_features=True)
     encoder = Encoder(model, tokenizer, torch.device("cpu"), "fp32", late_interaction)
-    records = read_split("roco", phantom, "test")
+    records = read_split("roco", phantom, "test").records
     # Batches of five: of several lengths of caption.
     loader = Loader(records, tokenizer, 96, batch_size=5)
     embeddings = encoder.pairs(loader, SkippedSamples(phantom / "skipped.jsonl", 120, 0.1))

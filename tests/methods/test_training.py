@@ -38,7 +38,7 @@ HEADS = {"image_projection.weight", "text_projection.weight"}
 @pytest.fixture
 def trainer(phantom, tokenizer, tmp_path):
     """Return a trainer by its preset and the names of its method and of the implementation."""
-    records = read_split("roco", phantom, "train")
+    records = read_split("roco", phantom, "train").records
 
     def make(preset, key, impl):
         config = TrainConfig(
