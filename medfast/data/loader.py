@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,11 +18,15 @@ from medfast.data.decode import ImageError, decode
 from medfast.data.order import Draw, Order
 from medfast.data.records import Record, Records, group_ids
 from medfast.data.skipped import Skipped
-from medfast.data.tokens import Tokenizer
+from medfast.data.texts import reworded
+from medfast.data.tokens import Masked, Tokenizer, Tokens
 from medfast.data.views import (
+    NO_EXTRA,
     SMALLEST_CROP,
     Box,
+    Extra,
     Looks,
+    SquareCrop,
     apply_looks,
     centre_box,
     random_box,
@@ -43,6 +47,8 @@ class Batch:
         group: Study of each pair, int64 [B].
         index: Position of each pair in the data set, int64 [B].
         views: Extra views of the same images, each as `images`; only they are ever flipped.
+        texts: Views of the same captions.
+        masked: The same captions with tokens masked, padded as `ids`; None unless asked for.
         skipped: Samples that belong to this batch and could not be used.
     """
 
@@ -53,6 +59,8 @@ class Batch:
     group: Tensor
     index: Tensor
     views: tuple[Tensor, ...] = ()
+    texts: tuple[Tokens, ...] = ()
+    masked: Masked | None = None
     skipped: tuple[Skipped, ...] = ()
 
     def __len__(self) -> int:
@@ -60,13 +68,20 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`."""
-        tensors = {
-            field.name: getattr(self, field.name).to(device, non_blocking=True)
-            for field in fields(self)
-            if field.name not in ("views", "skipped")
-        }
-        views = tuple(view.to(device, non_blocking=True) for view in self.views)
-        return replace(self, **tensors, views=views)
+        return _moved(self, device)
+
+
+def _moved(part: Any, device: torch.device) -> Any:
+    """Return a batch, or a part of one, with its tensors on `device`."""
+    if isinstance(part, Tensor):
+        return part.to(device, non_blocking=True)
+    if is_dataclass(part) and not isinstance(part, type):
+        moved = {own.name: _moved(getattr(part, own.name), device) for own in fields(part)}
+        return replace(part, **moved)
+    # Skipped is a named tuple, without tensors.
+    if type(part) is tuple:
+        return tuple(_moved(own, device) for own in part)
+    return part
 
 
 @dataclass(frozen=True)
@@ -103,24 +118,26 @@ class PairDataset(Dataset):
     Args:
         records: The pairs.
         size: Side of the square that the model takes, in pixels.
-        crop: Smallest share of the image that a random crop keeps; None crops the centre.
-        seed: With a sample and its turn it decides the crops, whichever process makes them.
-        views: Number of extra views.
+        crop: Smallest share of the image that a random crop keeps, or what gives other ones; None
+            crops the centre.
+        seed: With a sample and its turn it decides the crops and what is done to the caption,
+            whichever process does it.
+        extra: What is asked beyond the main view and the caption.
     """
 
     def __init__(
         self,
         records: Sequence[Record],
         size: int,
-        crop: float | None = None,
+        crop: float | SquareCrop | None = None,
         seed: int = 0,
-        views: int = 0,
+        extra: Extra = NO_EXTRA,
     ) -> None:
         self.records = records if isinstance(records, Records) else Records(records)
         self.size = size
         self.crop = crop
         self.seed = seed
-        self.views = views
+        self.extra = extra
         self.groups = group_ids(self.records)
 
     def __len__(self) -> int:
@@ -157,17 +174,22 @@ class PairDataset(Dataset):
         """Return the crops of an image of this size; of one draw they are always the same."""
         rng = random.Random(f"{self.seed} {draw.turn} {draw.sample}")
         # Never flipped: left and right are in the captions.
-        main = (
-            centre_box(width, height)
-            if self.crop is None
-            else random_box(width, height, self.crop, rng)
-        )
+        if self.crop is None:
+            main = centre_box(width, height)
+        elif isinstance(self.crop, SquareCrop):
+            main = self.crop.box(width, height, rng)
+        else:
+            main = random_box(width, height, self.crop, rng)
         extra = [
-            (random_box(width, height, SMALLEST_CROP, rng), random_looks(rng))
-            for _ in range(self.views)
+            (random_box(width, height, SMALLEST_CROP, rng), random_looks(rng, self.extra.flip))
+            for _ in range(self.extra.images)
         ]
         boxes, looks = (tuple(part) for part in zip(*extra, strict=True)) if extra else ((), ())
         return Crops((main, *boxes), looks)
+
+    def text_rngs(self, draws: Sequence[Draw], use: str) -> list[random.Random]:
+        """Return the generators of one use of captions, which moves neither another nor a crop."""
+        return [random.Random(f"{self.seed} {use} {draw.turn} {draw.sample}") for draw in draws]
 
 
 class _Batches:
@@ -184,7 +206,7 @@ class _Batches:
 
 
 class Loader:
-    """Batches of a split, in an order and with crops that depend on seed and epoch alone.
+    """Batches of a split, whose order, crops and words depend on seed and epoch alone.
 
     Args:
         records: The pairs.
@@ -192,9 +214,10 @@ class Loader:
         size: Side of the square that the model takes, in pixels.
         batch_size: Pairs per batch; a batch with unusable samples is smaller.
         crop: See `PairDataset`; a training loader, which also shuffles, has one.
-        seed: Decides order and crops.
+        seed: Decides order, crops and what is done to captions.
         workers: Processes that decode; 0 decodes in this one.
-        views: Number of extra views of each image.
+        extra: What is asked of each pair beyond its main view and its caption; masked captions
+            need a tokenizer that has a mask token.
         order: Where it is not all records by `batch_size`, `seed` and `crop`: the order.
     """
 
@@ -204,13 +227,13 @@ class Loader:
         tokenizer: Tokenizer,
         size: int,
         batch_size: int,
-        crop: float | None = None,
+        crop: float | SquareCrop | None = None,
         seed: int = 0,
         workers: int = 0,
-        views: int = 0,
+        extra: Extra = NO_EXTRA,
         order: Order | None = None,
     ) -> None:
-        self.dataset = PairDataset(records, size, crop, seed, views)
+        self.dataset = PairDataset(records, size, crop, seed, extra)
         self.tokenizer = tokenizer
         self.workers = workers
         self.order = order or Order([len(records)], batch_size, seed, shuffle=crop is not None)
@@ -257,7 +280,7 @@ def collate(
         torch.from_numpy(np.stack([s.pixels[view] for s in good])).permute(0, 3, 1, 2)
         if good
         else torch.empty(0, 3, size, size, dtype=torch.uint8)
-        for view in range(1 + dataset.views)
+        for view in range(1 + dataset.extra.images)
     ]
     return assemble(
         [s.draw for s in good], stacks, [s.looks for s in good], skipped, dataset, tokenizer
@@ -283,22 +306,24 @@ def assemble(
         tokenizer: Captions to ids.
     """
     rows = [draw.sample for draw in draws]
-    if not rows:
-        none = torch.empty(0, dtype=torch.int64)
-        words = none.reshape(0, 0)
-        empty = (stacks[0], words, words.bool(), words.bool(), none, none)
-        return Batch(*empty, tuple(stacks[1:]), tuple(skipped))
-    tokens = tokenizer([dataset.records[row].caption for row in rows])
+    captions = [dataset.records[row].caption for row in rows]
+    tokens = tokenizer(captions)
+    rngs = partial(dataset.text_rngs, draws)
     return Batch(
         images=stacks[0],
         ids=tokens.ids,
         mask=tokens.mask,
         word_mask=tokens.word_mask,
-        group=torch.tensor([dataset.groups[row] for row in rows]),
-        index=torch.tensor(rows),
+        group=torch.tensor([dataset.groups[row] for row in rows], dtype=torch.int64),
+        index=torch.tensor(rows, dtype=torch.int64),
         views=tuple(
             apply_looks(stack, [own[view] for own in looks])
             for view, stack in enumerate(stacks[1:])
         ),
+        texts=tuple(
+            tokenizer(list(map(reworded, captions, rngs(f"text {view}"))))
+            for view in range(dataset.extra.texts)
+        ),
+        masked=tokenizer.masked(tokens, rngs("mask")) if dataset.extra.masked else None,
         skipped=tuple(skipped),
     )

@@ -160,7 +160,7 @@ class DaliLoader(Loader):
         looks: list[tuple[Looks, ...]] = [
             item.looks if isinstance(item, Sample) else item.crops.looks for item in good
         ]
-        stacks = [self._stack(good, decoded, view) for view in range(1 + self.dataset.views)]
+        stacks = [self._stack(good, decoded, view) for view in range(1 + self.dataset.extra.images)]
         skipped = [item for item in items if isinstance(item, Skipped)]
         return assemble(draws, stacks, looks, skipped, self.dataset, self.tokenizer)
 
@@ -186,7 +186,7 @@ class DaliLoader(Loader):
         Raises:
             RuntimeError: DALI cannot decode one of them.
         """
-        size, views = self.dataset.size, 1 + self.dataset.views
+        size, views = self.dataset.size, 1 + self.dataset.extra.images
         if self._pipeline is None:
             self._pipeline = _pipeline(
                 self.order.batch_size, self.threads, self.device, size, views

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,14 @@ from torch import Tensor
 from medfast.errors import UsageError
 
 _PAD, _START, _MASK, _END = "<pad>", "<start>", "<mask>", "<end>"
+
+# BERT's masked language model (Devlin 2019, arXiv 1810.04805, section 3.1): of a caption's tokens
+# this share is to be predicted; of these, such shares become the mask token or a random one.
+PREDICTED = 0.15
+AS_MASK = 0.8
+AS_RANDOM = 0.1
+# What torch's cross_entropy leaves out unless told otherwise.
+NOT_PREDICTED = -100
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,19 @@ class Tokens:
     ids: Tensor
     mask: Tensor
     word_mask: Tensor
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Token ids of B captions, some of them hidden, for a masked language model.
+
+    Attributes:
+        ids: Token ids, int64 [B, T].
+        labels: The hidden ids where they are to be predicted, else -100, int64 [B, T].
+    """
+
+    ids: Tensor
+    labels: Tensor
 
 
 class Tokenizer:
@@ -123,6 +145,10 @@ class Tokenizer:
 
     def __call__(self, captions: Sequence[str]) -> Tokens:
         """Return the ids of B captions, padded to the longest of them."""
+        if not captions:
+            # transformers takes no empty batch.
+            none = torch.empty(0, 0, dtype=torch.int64)
+            return Tokens(none, none.bool(), none.bool())
         encoded = self._inner(
             list(captions),
             padding=True,
@@ -133,6 +159,41 @@ class Tokenizer:
         mask = torch.tensor(encoded["attention_mask"], dtype=torch.bool)
         special = torch.tensor(encoded["special_tokens_mask"], dtype=torch.bool)
         return Tokens(torch.tensor(encoded["input_ids"]), mask, mask & ~special)
+
+    def ensure_mask_token(self) -> None:
+        """Add a mask token to a tokenizer that was published without one, as CLIP's."""
+        if self._inner.mask_token is None:
+            self._inner.add_special_tokens({"mask_token": _MASK})
+
+    def masked(self, tokens: Tokens, rngs: Sequence[random.Random]) -> Masked:
+        """Hide tokens of B captions for a masked language model, as BERT does.
+
+        Args:
+            tokens: The captions; special tokens, also those that a caption spells, stay.
+            rngs: Of each caption.
+
+        Raises:
+            RuntimeError: the tokenizer has no mask token.
+        """
+        mask = self._inner.mask_token_id
+        if mask is None:
+            raise RuntimeError("masked: there is no mask token; call ensure_mask_token() before.")
+        special = self._inner.all_special_ids
+        ordinary = sorted(set(range(len(self))).difference(special))
+        own = tokens.word_mask & ~torch.isin(tokens.ids, torch.tensor(special))
+        ids, labels = tokens.ids.tolist(), torch.full_like(tokens.ids, NOT_PREDICTED).tolist()
+        for row, label, words, rng in zip(ids, labels, own.tolist(), rngs, strict=True):
+            places = [place for place, word in enumerate(words) if word]
+            count = min(len(places), max(1, round(PREDICTED * len(places))))
+            for place in rng.sample(places, count):
+                label[place] = row[place]
+                kind = rng.random()
+                if kind < AS_MASK:
+                    row[place] = mask
+                elif kind < AS_MASK + AS_RANDOM:
+                    row[place] = rng.choice(ordinary)
+        # Lists of no captions do not tell their shape.
+        return Masked(*(tokens.ids.new_tensor(part).view_as(own) for part in (ids, labels)))
 
     def words(self, caption: str) -> list[tuple[str, list[int]]]:
         """Return the words of a caption as (text, positions of its tokens)."""

@@ -1,4 +1,4 @@
-"""What a view of an image is: its crop and, for the extra views of some methods, its looks."""
+"""What a method asks of a pair, and what a view of an image is: its crop and its looks."""
 
 from __future__ import annotations
 
@@ -22,6 +22,26 @@ BLUR_SHARE = 0.5
 BLUR_SIGMA = (0.1, 2.0)
 # Weights of red, green and blue in grey (ITU-R BT.601).
 _LUMA = (0.299, 0.587, 0.114)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What a method asks of every pair beyond its main view and its caption.
+
+    Attributes:
+        images: Number of augmented views of the image.
+        flip: These may be flipped: not where they meet captions, which tell left from right.
+        texts: Number of views of the caption, with words dropped or swapped.
+        masked: The caption with tokens masked, for a masked language model.
+    """
+
+    images: int = 0
+    flip: bool = True
+    texts: int = 0
+    masked: bool = False
+
+
+NO_EXTRA = Extra()
 
 
 @dataclass(frozen=True)
@@ -60,13 +80,31 @@ def random_box(width: int, height: int, smallest: float, rng: random.Random) -> 
     return left, top, left + side_w, top + side_h
 
 
-def random_looks(rng: random.Random) -> Looks:
-    """Return the looks of an extra view."""
-    flip = rng.random() < 0.5
+@dataclass(frozen=True)
+class SquareCrop:
+    """Random squares of one size: what resizing the short side and then cutting gives.
+
+    Attributes:
+        share: Side of the square, as a share of the image's short side.
+    """
+
+    share: float
+
+    def box(self, width: int, height: int, rng: random.Random) -> Box:
+        """Return one of an image of this size."""
+        side = self.share * min(width, height)
+        left, top = rng.uniform(0, width - side), rng.uniform(0, height - side)
+        return left, top, left + side, top + side
+
+
+def random_looks(rng: random.Random, flip: bool) -> Looks:
+    """Return the looks of an extra view; without `flip` they are the same, but never flipped."""
+    flipped = rng.random() < 0.5 and flip
     brightness, contrast, saturation = (rng.uniform(1 - JITTER, 1 + JITTER) for _ in range(3))
     grey, blurred = rng.random() < GREY_SHARE, rng.random() < BLUR_SHARE
     sigma = rng.uniform(*BLUR_SIGMA)
-    return Looks(flip, brightness, contrast, 0.0 if grey else saturation, sigma if blurred else 0.0)
+    saturation, sigma = 0.0 if grey else saturation, sigma if blurred else 0.0
+    return Looks(flipped, brightness, contrast, saturation, sigma)
 
 
 def apply_looks(images: Tensor, looks: Sequence[Looks]) -> Tensor:

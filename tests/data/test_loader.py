@@ -1,6 +1,7 @@
 import dataclasses
 import os
 import pickle
+import random
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ from medfast.data.loader import Loader
 from medfast.data.order import Order
 from medfast.data.pipelines import make_loader
 from medfast.data.records import Record, Records, clean_caption, group_ids
+from medfast.data.views import Extra
 from medfast.errors import UsageError
 
 KINDS = ["torch", "dali"]
 CPU = torch.device("cpu")
+LONG = "one large nodule in the left lung and two small cysts in the right kidney"
 
 
 def read(root, split):
@@ -27,17 +30,31 @@ def _batches(loader, epoch=0):
     return list(loader.epoch(epoch))
 
 
+def _tensors(part):
+    """Return all tensors of batches, or of a part of one."""
+    if isinstance(part, torch.Tensor):
+        return [part]
+    if dataclasses.is_dataclass(part):
+        part = [getattr(part, field.name) for field in dataclasses.fields(part)]
+    return [t for own in part for t in _tensors(own)] if isinstance(part, (list, tuple)) else []
+
+
 def _same(a, b):
-    return all(
-        torch.equal(getattr(x, f.name), getattr(y, f.name))
-        for x, y in zip(a, b, strict=True)
-        for f in dataclasses.fields(x)
-        if f.name not in ("views", "skipped")
-    ) and all(
-        torch.equal(u, v)
-        for x, y in zip(a, b, strict=True)
-        for u, v in zip(x.views, y.views, strict=True)
-    )
+    a, b = _tensors(a), _tensors(b)
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+def _words(batches):
+    """Return what the captions of batches became, by sample and without padding."""
+    return {
+        sample: (
+            [text.ids[row][text.mask[row]].tolist() for text in batch.texts],
+            batch.masked.ids[row][batch.mask[row]].tolist(),
+            batch.masked.labels[row][batch.mask[row]].tolist(),
+        )
+        for batch in batches
+        for row, sample in enumerate(batch.index.tolist())
+    }
 
 
 @pytest.fixture(params=KINDS)
@@ -56,8 +73,9 @@ def make(request, tokenizer):
 def test_an_epoch_depends_on_its_number_and_the_seed_alone(phantom, make):
     records = read(phantom, "train")
 
-    def epoch(number, seed=0, workers=0, views=1):
-        return _batches(make(records, 8, 0.8, seed, workers, views=views), number)
+    def epoch(number, seed=0, workers=0, images=1):
+        extra = Extra(images, texts=1, masked=True)
+        return _batches(make(records, 8, 0.8, seed, workers, extra=extra), number)
 
     first = epoch(3)
     assert _same(first, epoch(3))
@@ -66,14 +84,14 @@ def test_an_epoch_depends_on_its_number_and_the_seed_alone(phantom, make):
     assert not _same(first, epoch(3, seed=1))
     # The main view does not depend on how many others there are.
     assert all(
-        torch.equal(a.images, b.images) for a, b in zip(first, epoch(3, views=0), strict=True)
+        torch.equal(a.images, b.images) for a, b in zip(first, epoch(3, images=0), strict=True)
     )
 
 
 @pytest.mark.parametrize("start", [1, 5, 11, 12])
 def test_an_epoch_goes_on_from_any_batch(phantom, make, start):
     records = read(phantom, "train")
-    loader = make(records, 8, 0.8, views=1)
+    loader = make(records, 8, 0.8, extra=Extra(images=1, texts=1, masked=True))
     assert _same(_batches(loader)[start:], list(loader.epoch(0, start)))
 
 
@@ -93,8 +111,10 @@ def test_ranks_share_the_batch_of_one_process(phantom, make):
 def test_making_batches_leaves_the_training_generator_alone(phantom, make):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    _batches(make(read(phantom, "validation"), 4, 0.8, views=1))
+    before_texts = random.getstate()
+    _batches(make(read(phantom, "validation"), 4, 0.8, extra=Extra(1, texts=1, masked=True)))
     assert torch.equal(before, torch.get_rng_state())
+    assert random.getstate() == before_texts
 
 
 def test_a_training_epoch_drops_the_short_batch_and_evaluation_keeps_it(phantom, make):
@@ -109,13 +129,14 @@ def test_fewer_pairs_than_a_batch_make_one_batch(phantom, make):
     assert [len(b) for b in _batches(make(records, 8, 0.8))] == [5]
 
 
-def test_crops_keep_sides_and_only_extra_views_are_flipped(tmp_path, make):
+@pytest.mark.parametrize(("flip", "fewest", "most"), [(True, 6, 34), (False, 0, 0)])
+def test_crops_keep_sides_and_only_extra_views_are_flipped(tmp_path, make, flip, fewest, most):
     pixels = np.zeros((40, 60, 3), np.uint8)
     pixels[:, :30] = 255  # bright on the left
     Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=95)
     records = [Record("a", tmp_path / "a.jpg", "left")]
     flipped = 0
-    loader = make(records, 1, 0.5, views=2)
+    loader = make(records, 1, 0.5, extra=Extra(images=2, flip=flip))
     for epoch in range(20):
         (batch,) = _batches(loader, epoch)
         left, right = (
@@ -124,7 +145,7 @@ def test_crops_keep_sides_and_only_extra_views_are_flipped(tmp_path, make):
         assert left > right
         for view in batch.views:
             flipped += bool(view[0, ..., :4].float().mean() < view[0, ..., -4:].float().mean())
-    assert 5 < flipped < 35
+    assert fewest <= flipped <= most
 
 
 def test_damaged_samples_are_skipped_with_their_reason(own_phantom, make):
@@ -138,9 +159,10 @@ def test_damaged_samples_are_skipped_with_their_reason(own_phantom, make):
     os.mkfifo(records[4].image)  # to open it would wait for ever
     records[5].image.unlink()
     records[5].image.mkdir()
-    (batch,) = _batches(make(records, 8, views=1))
+    (batch,) = _batches(make(records, 8, extra=Extra(images=1, texts=1, masked=True)))
     assert batch.index.tolist() == [6, 7]
     assert [len(view) for view in batch.views] == [2]
+    assert len(batch.texts[0].ids) == len(batch.masked.labels) == 2
     reasons = {s.key: s.reason for s in batch.skipped}
     assert list(reasons) == [r.key for r in records[:6]]
     assert "truncated" in reasons[records[0].key]
@@ -153,11 +175,76 @@ def test_damaged_samples_are_skipped_with_their_reason(own_phantom, make):
 
 def test_a_batch_may_lose_all_its_samples(own_phantom, make):
     records = read(own_phantom, "train")[:2]
+    loader = make(records, 8, extra=Extra(images=2, texts=1, masked=True))
+    (full,) = _batches(loader)
     for record in records:
         record.image.unlink()
-    (batch,) = _batches(make(records, 8, views=2))
+    (batch,) = _batches(loader)
     assert len(batch) == 0
     assert len(batch.views) == len(batch.skipped) == 2
+    # Nothing but the number of pairs, and of tokens, tells it from others.
+    for empty, other in zip(_tensors(batch), _tensors(full), strict=True):
+        assert len(empty) == 0
+        assert (empty.dtype, empty.dim()) == (other.dtype, other.dim())
+
+
+def test_views_and_masks_of_a_caption_do_not_depend_on_the_batch(phantom, make):
+    records = read(phantom, "train")
+    extra = Extra(texts=2, masked=True)
+    found = _words(_batches(make(records, 8, extra=extra)))
+    assert len(found) == len(records)
+    assert found == _words(_batches(make(records, 7, workers=1, extra=extra)))
+
+
+def test_each_turn_and_each_view_words_a_caption_anew(phantom, make):
+    records = read(phantom, "train")[:16]
+    loader = make(records, 16, extra=Extra(texts=2, masked=True))
+    (first,), (second,) = _batches(loader, 0), _batches(loader, 1)
+    views = [*first.texts, *second.texts, first, second]
+    views = [[row[mask].tolist() for row, mask in zip(v.ids, v.mask, strict=True)] for v in views]
+    assert views.pop() == views[-1]  # the captions themselves stay
+    assert all(a != b for n, a in enumerate(views) for b in views[:n])
+    assert not _same(first.masked, second.masked)
+
+
+def test_pairs_that_share_a_caption_differ_in_its_views_and_masks(phantom, make):
+    records = [dataclasses.replace(r, caption=LONG) for r in read(phantom, "train")[:8]]
+    found = _words(_batches(make(records, 8, extra=Extra(texts=1, masked=True)))).values()
+    assert len({str(texts) for texts, _, _ in found}) > 4
+    assert len({str(masks) for _, *masks in found}) > 4
+
+
+def test_the_masked_caption_is_the_caption(phantom, make):
+    for batch in _batches(make(read(phantom, "train"), 8, extra=Extra(masked=True))):
+        hidden = batch.masked.labels >= 0
+        assert hidden.any(1).all()
+        assert torch.equal(torch.where(hidden, batch.masked.labels, batch.masked.ids), batch.ids)
+
+
+@pytest.mark.parametrize("extra", [Extra(texts=2), Extra(masked=True), Extra(texts=2, masked=True)])
+def test_more_from_captions_changes_nothing_else(phantom, make, extra):
+    records = read(phantom, "train")[:24]
+
+    def epoch(extra):
+        return _batches(make(records, 8, 0.8, extra=extra), 3)
+
+    plain = epoch(Extra(images=1))
+    found = epoch(dataclasses.replace(extra, images=1))
+    assert _same([dataclasses.replace(b, texts=(), masked=None) for b in found], plain)
+    most = epoch(Extra(texts=3, masked=True))
+    assert _same([b.texts for b in found], [b.texts[: extra.texts] for b in most])
+    assert _same([b.masked for b in found], [b.masked for b in most if extra.masked])
+
+
+def test_all_of_a_batch_moves_to_a_device(own_phantom, make):
+    records = read(own_phantom, "train")[:3]
+    records[0].image.unlink()
+    (batch,) = _batches(make(records, 8, extra=Extra(images=1, texts=1, masked=True)))
+    moved = batch.to(torch.device("meta"))
+    assert len(_tensors(moved)) == 6 + 1 + 3 + 2
+    assert all(tensor.is_meta for tensor in _tensors(moved))
+    assert moved.skipped == batch.skipped
+    assert len(moved.skipped) == 1
 
 
 def test_an_abandoned_epoch_ends_at_once(phantom, make):

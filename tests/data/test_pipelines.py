@@ -13,6 +13,7 @@ from medfast.data import read_split
 from medfast.data.loader import Loader
 from medfast.data.pipelines import DaliLoader, pick_loader
 from medfast.data.records import Record
+from medfast.data.views import NO_EXTRA, Extra
 from medfast.errors import UsageError
 
 pytest.importorskip("nvidia.dali")
@@ -24,10 +25,10 @@ CPU = torch.device("cpu")
 def twins(tokenizer):
     """Return (plain batch, DALI batch, DALI loader) of an epoch of one batch."""
 
-    def make(records, size=64, crop=0.5, views=0):
-        arguments = (records, tokenizer, size, len(records), crop, 0, 2, views)
+    def make(records, size=64, crop=0.5, extra=NO_EXTRA):
+        arguments = (records, tokenizer, size, len(records), crop, 0, 2, extra)
         dali = DaliLoader(*arguments, device=CPU)
-        (expected,), (found,) = Loader(*arguments[:6], 0, views).epoch(0), dali.epoch(0)
+        (expected,), (found,) = Loader(*arguments[:6], 0, extra).epoch(0), dali.epoch(0)
         return expected, found, dali
 
     return make
@@ -73,7 +74,7 @@ SIZES = [(512, 512), (300, 700), (701, 301), (64, 64), (40, 30), (9, 200), (1, 1
 )
 def test_pixels_agree_within_the_resamplers_tolerance(tmp_path, twins, crop, options):
     records = _files(tmp_path, [_photograph(*size) for size in SIZES], **options)
-    expected, found, loader = twins(records, crop=crop, views=2)
+    expected, found, loader = twins(records, crop=crop, extra=Extra(images=2))
     assert loader.failures == 0
     assert torch.equal(found.index, expected.index)
     # Stated in the README: on average below half a level of 255.
@@ -156,11 +157,27 @@ def test_a_mixed_batch_keeps_its_order(tmp_path, twins):
         Image.open(records[number].image).save(data, "PNG")
         records[number].image.write_bytes(data.getvalue())
     records[4].image.unlink()
-    expected, found, _ = twins(records, views=1)
+    expected, found, _ = twins(records, extra=Extra(images=1))
     assert found.index.tolist() == expected.index.tolist()
     assert sorted(found.index.tolist()) == [0, 1, 2, 3, 5]
     assert _difference(found.images, expected.images) < 0.5
     assert _difference(found.views[0], expected.views[0]) < 1.0
+
+
+def test_captions_are_reworded_and_masked_alike(tmp_path, twins):
+    records = _files(tmp_path, [_photograph(80, 80, seed) for seed in range(8)])
+    records = [
+        dataclasses.replace(record, caption=f"one large nodule in the left lung, slice {number}")
+        for number, record in enumerate(records)
+    ]
+    records[4].image.unlink()
+    expected, found, _ = twins(records, extra=Extra(texts=2, masked=True))
+    for a, b in zip(found.texts, expected.texts, strict=True):
+        assert torch.equal(a.ids, b.ids)
+        assert torch.equal(a.word_mask, b.word_mask)
+    assert not torch.equal(found.texts[0].ids, found.ids)
+    assert torch.equal(found.masked.ids, expected.masked.ids)
+    assert torch.equal(found.masked.labels, expected.masked.labels)
 
 
 def test_bytes_of_damaged_files_give_what_the_plain_loader_gives(tmp_path, tokenizer):

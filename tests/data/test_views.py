@@ -1,3 +1,4 @@
+import dataclasses
 import random
 
 import numpy as np
@@ -6,6 +7,7 @@ import torch
 
 from medfast.data.views import (
     Looks,
+    SquareCrop,
     apply_looks,
     centre_box,
     random_box,
@@ -92,14 +94,39 @@ def test_tiny_images_can_be_blurred(size):
 
 
 def test_looks_do_not_depend_on_their_neighbours(images):
-    looks = [random_looks(random.Random(i)) for i in range(3)]
+    looks = [random_looks(random.Random(i), True) for i in range(3)]
     together = apply_looks(images, looks)
     for i in range(3):
         alone = apply_looks(images[i : i + 1], looks[i : i + 1])[0]
         assert (together[i].int() - alone.int()).abs().max() <= 1
 
 
+def test_without_flips_all_other_looks_stay():
+    free, kept = (
+        [random_looks(random.Random(i), flip) for i in range(64)] for flip in (True, False)
+    )
+    assert 16 < sum(look.flip for look in free) < 48
+    assert kept == [dataclasses.replace(look, flip=False) for look in free]
+
+
 def test_views_are_channels_last(images):
-    found = apply_looks(images, [random_looks(random.Random(i)) for i in range(3)])
+    found = apply_looks(images, [random_looks(random.Random(i), True) for i in range(3)])
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert found.dtype == torch.uint8
+
+
+def test_square_crops_have_one_size_and_lie_anywhere_in_the_image():
+    rng = random.Random(0)
+    boxes = [SquareCrop(224 / 512).box(1024, 512, rng) for _ in range(400)]
+    for left, top, right, bottom in boxes:
+        assert right - left == pytest.approx(224)
+        assert bottom - top == pytest.approx(224)
+        assert left >= 0
+        assert top >= 0
+        assert right <= 1024
+        assert bottom <= 512
+    lefts, tops = [box[0] for box in boxes], [box[1] for box in boxes]
+    assert min(lefts) < 40
+    assert max(lefts) > 760
+    assert min(tops) < 15
+    assert max(tops) > 273
