@@ -39,6 +39,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "phantom", help="Write generated, medical-like images with captions in a set's layout."
     )
     phantom.add_argument(
+        "--domain",
+        default="medical",
+        help="What the images are like: medical, or general, photographs of everyday scenes "
+        "(default: medical).",
+    )
+    phantom.add_argument(
         "--layout", default="roco", help="Layout to write; a wrong one lists them (default: roco)."
     )
     phantom.add_argument("--out", required=True, type=Path, metavar="DIR", help="A new folder.")
@@ -149,7 +155,14 @@ def _phantom(arguments: argparse.Namespace) -> None:
 
     layout, out, pairs = arguments.layout, arguments.out, arguments.pairs
     with _bar("image") as progress:
-        write_phantom(out, layout=layout, pairs=pairs, seed=arguments.seed, progress=progress)
+        write_phantom(
+            out,
+            layout=layout,
+            pairs=pairs,
+            seed=arguments.seed,
+            domain=arguments.domain,
+            progress=progress,
+        )
     print(f"{pairs} pairs in {out}; train on them with --train-data {source(layout, out)}")
 
 

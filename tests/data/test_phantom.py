@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medfast.data.phantom import GENERATOR_VERSION, anatomy, cached_phantom, findings, write_phantom
+from medfast.data.phantom import DOMAINS, GENERATOR_VERSION, cached_phantom, write_phantom
 from medfast.data.phantom.canvas import Canvas
-from medfast.data.phantom.captions import _FINDING_NOUNS, caption, false_captions, prompts
-from medfast.data.phantom.cases import CLASSES, DETAILS, SECTIONS, SPLITS, Finding, sample_all
-from medfast.data.phantom.images import render
+from medfast.data.phantom.cases import DETAILS, SPLITS, Finding
+from medfast.data.phantom.medical import anatomy, caption, findings, prompts, render
+from medfast.data.phantom.medical.captions import _FINDING_NOUNS
+from medfast.data.phantom.medical.cases import CLASSES, SECTIONS
+from medfast.data.phantom.placing import centres
 from medfast.errors import UsageError
 
 PAIRS = 1200
+sample_all = DOMAINS["medical"].samples
+false_captions = DOMAINS["medical"].false_captions
 WORDS = {
     "left": ("left",),
     "right": ("right",),
@@ -234,7 +238,7 @@ def test_lesions_are_on_their_side_and_apart_and_whole(section, side):
         canvas = Canvas(np.random.default_rng(seed), 130, 130)
         for size, (_, radius) in findings.RADII.items():
             finding = Finding("nodule", side, size, "three")
-            points = findings.centres(canvas, finding, section.zone, radius) / canvas.unit - 1
+            points = centres(canvas, finding, section.zone, radius) / canvas.unit - 1
             assert np.all(points[:, 0] < 0) if side == "left" else np.all(points[:, 0] > 0)
             assert np.all(np.abs(points) + radius < 1.05)
             for one, other in itertools.combinations(points, 2):

@@ -1,44 +1,34 @@
-"""What the phantom images show: the label sets and the seeded sampling of cases and studies."""
+"""What the pictures of any domain show: cases, and the seeded sampling of studies of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 
 SPLITS = ("train", "validation", "test")
-# Which body sections each modality shows; the order fixes the class indices.
-SECTIONS: dict[str, tuple[str, ...]] = {
-    "radiograph": ("chest", "pelvis", "hand"),
-    "ct": ("chest", "abdomen", "brain"),
-    "mr": ("brain", "breast", "pelvis"),
-    "ultrasound": ("thyroid", "kidney", "uterus"),
-    "histology": ("colon", "skin", "breast"),
-}
-MODALITIES = tuple(SECTIONS)
-ORGANS = tuple(dict.fromkeys(organ for organs in SECTIONS.values() for organ in organs))
-FINDINGS = ("nodule", "cyst", "spiculated mass", "wedge", "calcifications", "crescent")
 NO_FINDING = "no finding"
 SIDES = ("left", "right")
 SIZES = ("small", "large")
 COUNTS = ("one", "two", "three")
 DETAILS: dict[str, tuple[str, ...]] = {"side": SIDES, "size": SIZES, "count": COUNTS}
-CLASSES: dict[str, tuple[str, ...]] = {
-    "modality": MODALITIES,
-    "organ": ORGANS,
-    "finding": (*FINDINGS, NO_FINDING),
-    **DETAILS,
-}
 
 NORMAL_SHARE = 0.08
 TWIN_SHARE = 0.5
 TWO_VIEW_SHARE = 0.25
 
+# Keep the draws of the picture, of its words and of the wrong details apart.
+PICTURE, WORDS, WRONG = 0, 1, 2
+
+F = TypeVar("F", bound="Finding")
+C = TypeVar("C", bound="Case")
+
 
 @dataclass(frozen=True)
 class Finding:
-    """One to three lesions of a kind, all of one size and on one side.
+    """One to three things of a kind, all of one size and on one side.
 
     `side` is the viewer's: "left" is the left half of the picture.
     """
@@ -48,7 +38,7 @@ class Finding:
     size: str
     count: str
 
-    def altered(self, detail: str, rng: np.random.Generator) -> Finding:
+    def altered(self: F, detail: str, rng: np.random.Generator) -> F:
         """Return the same finding with another value of one of the `DETAILS`."""
         values = DETAILS[detail]
         step = int(rng.integers(1, len(values)))
@@ -58,26 +48,21 @@ class Finding:
 
 @dataclass(frozen=True)
 class Case:
-    """What a picture shows; a normal case has no finding."""
+    """What a picture shows: the kind of picture, and the finding if there is one."""
 
     modality: str
-    organ: str
     finding: Finding | None
 
-    def labels(self) -> dict[str, int | None]:
-        """Return the class index under every label set, None where it does not apply."""
-        kind = NO_FINDING if self.finding is None else self.finding.kind
-        names = {"modality": self.modality, "organ": self.organ, "finding": kind}
-        if self.finding is not None:
-            names |= {detail: getattr(self.finding, detail) for detail in DETAILS}
-        return {
-            label: classes.index(names[label]) if label in names else None
-            for label, classes in CLASSES.items()
-        }
+    def names(self) -> dict[str, str]:
+        """Return the class under every label set that applies."""
+        if self.finding is None:
+            return {"modality": self.modality, "finding": NO_FINDING}
+        details = {detail: getattr(self.finding, detail) for detail in DETAILS}
+        return {"modality": self.modality, "finding": self.finding.kind, **details}
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(Generic[C]):
     """One image with its caption: a view of a study.
 
     `key` seeds all that is drawn at random for it, so it is the same whoever draws it and when.
@@ -86,8 +71,16 @@ class Sample:
     id: str
     split: str
     study: str
-    case: Case
+    case: C
     key: tuple[int, ...]
+
+    def rng(self, stream: int) -> np.random.Generator:
+        """Return the generator of the picture, of its words or of what is `WRONG`."""
+        return np.random.default_rng((*self.key, stream))
+
+
+# Draws a case and, for about half of them, a twin that differs in one detail.
+Family = Callable[[np.random.Generator], list[C]]
 
 
 def split_sizes(pairs: int) -> dict[str, int]:
@@ -96,16 +89,26 @@ def split_sizes(pairs: int) -> dict[str, int]:
     return dict(zip(SPLITS, (pairs - 2 * tenth, tenth, tenth), strict=True))
 
 
-def sample_all(pairs: int, seed: int) -> list[Sample]:
-    """Return the samples of every split in the order of their ids."""
-    samples: list[Sample] = []
-    studies = 0
+def sample_all(
+    pairs: int, seed: int, family: Family[C], salt: tuple[int, ...] = (), offset: int = 0
+) -> list[Sample[C]]:
+    """Return the samples of every split in the order of their ids.
+
+    Args:
+        pairs: Number of samples over all splits.
+        seed: Any number that is not negative.
+        family: Draws the cases.
+        salt: Begins every key, so that domains share no draws.
+        offset: Added to the numbers of samples and studies, so that domains share no names.
+    """
+    samples: list[Sample[C]] = []
+    studies = offset
     for split, size in split_sizes(pairs).items():
         end = len(samples) + size
-        for case, views, key in _studies(split, seed):
+        for case, views, key in _studies(split, (*salt, seed), family):
             studies += 1
             for view in range(min(views, end - len(samples))):
-                number = len(samples) + 1
+                number = offset + len(samples) + 1
                 samples.append(
                     Sample(f"PHANTOM_{number:05d}", split, f"S{studies:05d}", case, (*key, view))
                 )
@@ -114,35 +117,31 @@ def sample_all(pairs: int, seed: int) -> list[Sample]:
     return samples
 
 
-def _studies(split: str, seed: int) -> Iterator[tuple[Case, int, tuple[int, ...]]]:
+def with_twin(finding: F, rng: np.random.Generator) -> list[F]:
+    """Return the finding and, about every second time, one that differs in one detail."""
+    if rng.random() < TWIN_SHARE:
+        return [finding, finding.altered(choose(rng, tuple(DETAILS)), rng)]
+    return [finding]
+
+
+def choose(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    """Return one of the options, each as likely as the others."""
+    return options[rng.integers(len(options))]
+
+
+def _studies(
+    split: str, seeds: tuple[int, ...], family: Family[C]
+) -> Iterator[tuple[C, int, tuple[int, ...]]]:
     """Yield case, number of views and key of one study after another, without end.
 
     Studies come in families: a case and, for about half of them, a twin that differs in one detail.
-    A family depends on the seed, the split and its number alone.
+    A family depends on the seeds, the split and its number alone.
     """
-    split_index = SPLITS.index(split)
-    family = 0
+    number = 0
     while True:
-        rng = np.random.default_rng((seed, split_index, family))
-        for member, case in enumerate(_family(rng)):
+        key = (*seeds, SPLITS.index(split), number)
+        rng = np.random.default_rng(key)
+        for member, case in enumerate(family(rng)):
             views = 2 if rng.random() < TWO_VIEW_SHARE else 1
-            yield case, views, (seed, split_index, family, member)
-        family += 1
-
-
-def _family(rng: np.random.Generator) -> list[Case]:
-    modality = _choose(rng, MODALITIES)
-    organ = _choose(rng, SECTIONS[modality])
-    if rng.random() < NORMAL_SHARE:
-        return [Case(modality, organ, None)]
-    finding = Finding(
-        _choose(rng, FINDINGS), _choose(rng, SIDES), _choose(rng, SIZES), _choose(rng, COUNTS)
-    )
-    members = [finding]
-    if rng.random() < TWIN_SHARE:
-        members.append(finding.altered(_choose(rng, tuple(DETAILS)), rng))
-    return [Case(modality, organ, member) for member in members]
-
-
-def _choose(rng: np.random.Generator, options: tuple[str, ...]) -> str:
-    return options[rng.integers(len(options))]
+            yield case, views, (*key, member)
+        number += 1

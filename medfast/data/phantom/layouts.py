@@ -16,11 +16,12 @@ import numpy as np
 from PIL import Image
 
 from medfast.data import quilt
-from medfast.data.phantom.captions import caption
 from medfast.data.phantom.cases import SPLITS, Sample
 
 if TYPE_CHECKING:
     from pydicom.uid import UID
+
+Caption = Callable[[Sample], str]
 
 # Stored values of black, and of each of the 255 steps from there to white.
 _BLACK, _STEP = 256, 12
@@ -37,7 +38,7 @@ class Layout:
     Attributes:
         source: Key of the reader.
         image: Path of a sample's image below the root.
-        texts: Path below the root and content of every text file.
+        texts: Path below the root and content of every text file, given the samples' captions.
         table: File to give to the reader, where it takes one instead of the root.
         key: Key of a sample.
         split: Its split.
@@ -45,11 +46,12 @@ class Layout:
         worded: The sample whose caption it has.
         save: Writes its image.
         package: What `save` needs beyond Pillow.
+        domain: The only domain that it can hold, if not any.
     """
 
     source: str
     image: Callable[[Sample], str]
-    texts: Callable[[Sequence[Sample]], Iterator[tuple[str, str]]]
+    texts: Callable[[Sequence[Sample], Caption], Iterator[tuple[str, str]]]
     table: str = ""
     key: Callable[[Sample], str] = lambda sample: sample.id
     split: Callable[[Sample], str] = lambda sample: sample.split
@@ -57,13 +59,14 @@ class Layout:
     worded: Callable[[Sample], Sample] = lambda sample: sample
     save: Callable[[Image.Image, Path, Sample], None] = _save_jpeg
     package: str = ""
+    domain: str = ""
 
 
 def _roco_image(sample: Sample) -> str:
     return f"{sample.split}/radiology/images/{sample.id}.jpg"
 
 
-def _roco_texts(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
+def _roco_texts(samples: Sequence[Sample], caption: Caption) -> Iterator[tuple[str, str]]:
     for split, own in _by_split(samples):
         captions = "".join(f"{s.id}\t {caption(s)}\n" for s in own)
         links = "".join(f"{s.id}\tmedfast phantom {s.study}\t{s.id}.jpg\n" for s in own)
@@ -71,35 +74,35 @@ def _roco_texts(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
         yield f"{split}/radiology/dlinks.txt", links
 
 
-def _kaggle_texts(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
+def _kaggle_texts(samples: Sequence[Sample], caption: Caption) -> Iterator[tuple[str, str]]:
     words = {"train": "train", "validation": "val", "test": "test"}
     for split, own in _by_split(samples):
         table = _csv("id,name,caption", ((s.id, _figure(s), caption(s)) for s in own))
         yield f"{split}/radiology/{words[split]}data.csv", table
 
 
-def _roco_json_texts(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
+def _roco_json_texts(samples: Sequence[Sample], caption: Caption) -> Iterator[tuple[str, str]]:
     for split, own in _by_split(samples):
         rows = ({"caption": caption(s), "image_path": _roco_image(s)} for s in own)
         yield f"radiology{split}_dataset.json", _json_lines(rows)
 
 
-def _pmc_oa_texts(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
+def _pmc_oa_texts(samples: Sequence[Sample], caption: Caption) -> Iterator[tuple[str, str]]:
     words = {"train": "train", "validation": "valid", "test": "test"}
     for split, own in _by_split(samples):
         rows = ({"image": _figure(s), "caption": caption(s)} for s in own)
         yield f"{words[split]}.jsonl", _json_lines(rows)
 
 
-def _mimic_texts(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
+def _mimic_texts(samples: Sequence[Sample], caption: Caption) -> Iterator[tuple[str, str]]:
     words = {"train": "train", "validation": "validate", "test": "test"}
     rows = ((_dicom_id(s), _mimic_study(s)[1:], _patient(s), words[s.split]) for s in samples)
     yield "mimic-cxr-2.0.0-split.csv", _csv("dicom_id,study_id,subject_id,split", rows)
     for sample in {s.study: s for s in samples}.values():
-        yield f"{_mimic_folder(sample)}.txt", _report(sample)
+        yield f"{_mimic_folder(sample)}.txt", _report(sample, caption)
 
 
-def _quilt_texts(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
+def _quilt_texts(samples: Sequence[Sample], caption: Caption) -> Iterator[tuple[str, str]]:
     header = (
         "split,subset,caption,image_path,pathology,magnification,height,width,"
         "noisy_text,corrected_text,med_umls_ids,roi_text"
@@ -111,14 +114,14 @@ def _quilt_texts(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
     yield "quilt_1M_lookup.csv", _csv(header, rows)
 
 
-def _table_texts(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
+def _table_texts(samples: Sequence[Sample], caption: Caption) -> Iterator[tuple[str, str]]:
     rows = (
         (f"images/{s.id}.jpg", caption(s), s.split, s.study, f"phantom:{s.study}") for s in samples
     )
     yield "pairs.csv", _csv("filepath,title,split,study,patient", rows)
 
 
-def _folder_texts(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
+def _folder_texts(samples: Sequence[Sample], caption: Caption) -> Iterator[tuple[str, str]]:
     for sample in samples:
         yield f"{sample.split}/{sample.id}.txt", f"{caption(sample)}\n"
 
@@ -177,10 +180,11 @@ def _first_view(sample: Sample) -> Sample:
     return replace(sample, key=(*sample.key[:-1], 0))
 
 
-def _report(sample: Sample) -> str:
+def _report(sample: Sample, caption: Caption) -> str:
     first, dot, rest = caption(_first_view(sample)).partition(". ")
+    names = sample.case.names()
     sections = {
-        "EXAMINATION": f"{sample.case.modality} ({sample.case.organ})".upper(),
+        "EXAMINATION": f"{names['modality']} ({names['organ']})".upper(),
         "FINDINGS": f"{first}." if dot else "",
         "IMPRESSION": rest if dot else first,
     }
@@ -238,6 +242,7 @@ _MIMIC_CXR = Layout(
     key=_dicom_id,
     study=_mimic_study,
     worded=_first_view,
+    domain="medical",
 )
 
 LAYOUTS: dict[str, Layout] = {

@@ -16,14 +16,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from medfast.data.phantom.captions import caption, false_captions, prompts
-from medfast.data.phantom.cases import CLASSES, Sample, sample_all
-from medfast.data.phantom.images import render
+from medfast.data.phantom.cases import Sample
+from medfast.data.phantom.domains import DOMAINS, Domain
 from medfast.data.phantom.layouts import LAYOUTS, Layout
 from medfast.errors import UsageError, unknown_name
 
-# Raised whenever the same arguments give other files, so that old caches are left behind.
-GENERATOR_VERSION = 1
+# Of the medical domain, as in the name of its folder in the cache.
+GENERATOR_VERSION = DOMAINS["medical"].version
 FEWEST_PAIRS = 30
 
 _CHUNK = 32
@@ -38,17 +37,20 @@ def write_phantom(
     layout: str = "roco",
     pairs: int = 6000,
     seed: int = 0,
+    domain: str = "medical",
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Write procedural medical-like images with captions into `out` and return it.
+    """Write procedural images with captions into `out` and return it.
+
+    They are medical-like, or in the domain "general" like photographs of everyday scenes.
 
     The default layout is ROCO's original one: `{train,validation,test}/radiology/captions.txt`,
     `dlinks.txt` and `images/PHANTOM_00001.jpg`. In every layout all lies in one folder, histology
     too. `phantom.json` at the root, written last, has, by the keys, splits and studies that the
     layout's reader gives, the labels and, for validation and test, pairs of a true caption and one
     with a single wrong detail. Left and right are the viewer's throughout. The files depend on
-    `layout`, `pairs` and `seed` alone, not on `workers`.
+    `layout`, `pairs`, `seed` and `domain` alone, not on `workers`.
 
     Two layouts cannot hold all: in Quilt's the views of a study are single images, and 1 % of what
     is not test is for validation, as in Quilt-1M itself; in MIMIC-CXR's they share one caption.
@@ -59,6 +61,7 @@ def write_phantom(
         pairs: Number of images over all splits (80 % train, 10 % validation, 10 % test; whole
             studies), at least 30.
         seed: Any number that is not negative.
+        domain: One of `DOMAINS`. MIMIC-CXR's layouts hold the medical one alone.
         workers: Processes that draw; None takes one per core.
         progress: Called with (images written, images in all) as the work goes on.
 
@@ -75,38 +78,39 @@ def write_phantom(
         ...     print(len(list(root.glob("*/radiology/images/*.jpg"))))
         30
     """
-    _check_arguments(layout, pairs, seed, workers)
+    _check_arguments(layout, pairs, seed, domain, workers)
     out = Path(out)
     _make_folder(out)
-    samples = sample_all(pairs, seed)
-    place = LAYOUTS[layout]
-    for name, text in place.texts(samples):
+    kind, place = DOMAINS[domain], LAYOUTS[layout]
+    samples = kind.samples(pairs, seed)
+    for name, text in place.texts(samples, kind.caption):
         path = out / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8", newline="\n")
-    with closing(_write_images(out, layout, samples, workers or os.cpu_count() or 1)) as counts:
+    write = partial(_write_chunk, out, layout, domain)
+    with closing(_write_images(write, samples, workers or os.cpu_count() or 1)) as counts:
         for done in accumulate(counts):
             if progress is not None:
                 progress(done, pairs)
     sidecar = {
-        "generator": "medfast phantom",
-        "version": GENERATOR_VERSION,
+        "generator": f"medfast {kind.name}",
+        "version": kind.version,
         "layout": layout,
         "pairs": pairs,
         "seed": seed,
         "label_sets": {
-            label: {"classes": list(classes), "prompts": prompts(label)}
-            for label, classes in CLASSES.items()
+            label: {"classes": list(classes), "prompts": kind.prompts(label)}
+            for label, classes in kind.classes.items()
         },
         "samples": {
             place.key(s): {
                 "split": place.split(s),
                 "study": place.study(s),
-                "labels": s.case.labels(),
+                "labels": kind.labels(s.case),
             }
             for s in samples
         },
-        "questions": [question for s in samples for question in _questions(s, place)],
+        "questions": [question for s in samples for question in _questions(s, kind, place)],
     }
     text = json.dumps(sidecar, indent=1, sort_keys=True, ensure_ascii=False)
     (out / "phantom.json").write_text(text + "\n", encoding="utf-8")
@@ -119,6 +123,7 @@ def cached_phantom(
     layout: str = "roco",
     pairs: int = 6000,
     seed: int = 0,
+    domain: str = "medical",
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -128,13 +133,15 @@ def cached_phantom(
     name, and of two concurrent writers one wins. The arguments are those of `write_phantom`.
 
     Returns:
-        `<cache_dir>/phantom-v<GENERATOR_VERSION>-<layout>-<pairs>-seed<seed>`.
+        `<cache_dir>/phantom-v<version>-<layout>-<pairs>-seed<seed>`, of the general domain
+        `phantom-general-v<version>-…`.
 
     Raises:
         UsageError: As `write_phantom`.
     """
-    _check_arguments(layout, pairs, seed, workers)
-    folder = Path(cache_dir) / f"phantom-v{GENERATOR_VERSION}-{layout}-{pairs}-seed{seed}"
+    _check_arguments(layout, pairs, seed, domain, workers)
+    name, version = DOMAINS[domain].name, DOMAINS[domain].version
+    folder = Path(cache_dir) / f"{name}-v{version}-{layout}-{pairs}-seed{seed}"
     if folder.is_dir():
         return folder
     try:
@@ -149,6 +156,7 @@ def cached_phantom(
             layout=layout,
             pairs=pairs,
             seed=seed,
+            domain=domain,
             workers=workers,
             progress=progress,
         )
@@ -168,9 +176,17 @@ def source(layout: str, out: Path) -> str:
     return f"{LAYOUTS[layout].source}:{Path(out) / LAYOUTS[layout].table}"
 
 
-def _check_arguments(layout: str, pairs: int, seed: int, workers: int | None) -> None:
+def _check_arguments(layout: str, pairs: int, seed: int, domain: str, workers: int | None) -> None:
     if layout not in LAYOUTS:
         raise UsageError(unknown_name("phantom: layout", layout, LAYOUTS))
+    if domain not in DOMAINS:
+        raise UsageError(unknown_name("phantom: domain", domain, DOMAINS))
+    only = LAYOUTS[layout].domain
+    if only not in ("", domain):
+        raise UsageError(
+            f"phantom: layout {layout} holds the {only} domain alone; got domain {domain}. "
+            "Take another layout, such as roco."
+        )
     package = LAYOUTS[layout].package
     if package and importlib.util.find_spec(package) is None:
         raise UsageError(f"phantom: layout {layout} needs {package}: pip install {package}.")
@@ -205,11 +221,10 @@ def _unwritable(folder: Path, error: OSError) -> UsageError:
 
 
 def _write_images(
-    out: Path, layout: str, samples: list[Sample], workers: int
+    write: Callable[[list[Sample]], int], samples: list[Sample], workers: int
 ) -> Generator[int, None, None]:
     """Write every image and yield the number written, chunk by chunk."""
     chunks = [samples[start : start + _CHUNK] for start in range(0, len(samples), _CHUNK)]
-    write = partial(_write_chunk, out, layout)
     if workers == 1:
         yield from map(write, chunks)
         return
@@ -225,8 +240,9 @@ def _write_images(
         pool.shutdown(cancel_futures=True)
 
 
-def _write_chunk(out: Path, layout: str, samples: list[Sample]) -> int:
-    place = LAYOUTS[layout]
+def _write_chunk(out: Path, layout: str, domain: str, samples: list[Sample]) -> int:
+    # By their names, because their functions cannot be sent to a process.
+    place, render = LAYOUTS[layout], DOMAINS[domain].render
     for sample in samples:
         path = out / place.image(sample)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -234,13 +250,13 @@ def _write_chunk(out: Path, layout: str, samples: list[Sample]) -> int:
     return len(samples)
 
 
-def _questions(sample: Sample, place: Layout) -> list[dict[str, Any]]:
+def _questions(sample: Sample, domain: Domain, place: Layout) -> list[dict[str, Any]]:
     split = place.split(sample)
     if split not in _QUESTION_SPLITS:
         return []
     worded = place.worded(sample)
-    true = caption(worded)
+    true = domain.caption(worded)
     return [
         {"id": place.key(sample), "split": split, "about": detail, "true": true, "false": false}
-        for detail, false in false_captions(worded).items()
+        for detail, false in domain.false_captions(worded).items()
     ]

@@ -10,11 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medfast.data.phantom.canvas import Canvas, Field
-
-# The ellipse (x, y, rx, ry) in body coordinates in which findings are centred on the viewer's
-# right; on the left it is the mirror image.
-Zone = tuple[float, float, float, float]
+from medfast.data.phantom.canvas import Canvas, stripes
+from medfast.data.phantom.placing import Zone
 
 _BOTH_SIDES = (-1, 1)
 
@@ -27,11 +24,6 @@ class Section:
     zone: Zone
 
 
-def _stripes(phase: Field, sharpness: float) -> Field:
-    """Return bands, one per unit of `phase`; higher `sharpness` makes them narrower."""
-    return (0.5 + 0.5 * np.cos(2 * np.pi * phase)) ** sharpness
-
-
 def _chest_radiograph(c: Canvas) -> None:
     c.value += 0.05
     c.paint(c.ellipse(0, 0.5, 0.98, 1.5, softness=3), 0.5)
@@ -42,9 +34,9 @@ def _chest_radiograph(c: Canvas) -> None:
     c.paint(np.maximum(*lungs), 0.16 + 0.03 * c.noise(14))
     # Mediastinum, vertebrae, heart, ribs.
     c.paint(c.inside(0.13 - np.abs(c.x), 3), 0.62)
-    c.paint(_stripes(c.y * 5, 2) * c.inside(0.1 - np.abs(c.x), 3), 0.7, 0.5)
+    c.paint(stripes(c.y * 5, 2) * c.inside(0.1 - np.abs(c.x), 3), 0.7, 0.5)
     c.paint(c.ellipse(0.12, 0.3, 0.27, 0.32, 25, softness=5), 0.6)
-    ribs = _stripes(c.y * c.rng.uniform(3.4, 4.2) + c.x**2 * 1.6, 3)
+    ribs = stripes(c.y * c.rng.uniform(3.4, 4.2) + c.x**2 * 1.6, 3)
     c.paint(ribs * c.inside(0.93 - np.abs(c.x), 3) * (c.y > -0.75), 0.62, 0.25)
     for side in _BOTH_SIDES:
         # Diaphragm, clavicle.
@@ -73,7 +65,7 @@ def _pelvis_radiograph(c: Canvas) -> None:
     c.paint(c.ellipse(0, -0.22, 0.2, 0.32), 0.55)
     spine = c.ellipse(0, -0.75, 0.13, 0.4)
     c.paint(spine, 0.58, 0.7)
-    c.paint(_stripes(c.y * 5, 3) * spine, 0.66, 0.5)
+    c.paint(stripes(c.y * 5, 3) * spine, 0.66, 0.5)
 
 
 def _hand_radiograph(c: Canvas) -> None:
@@ -87,7 +79,7 @@ def _hand_radiograph(c: Canvas) -> None:
         c.paint(c.capsule(side * 0.47, 0.6, side * 0.47, 1.3, 0.17), 0.24)
         for (x1, y1), (x0, y0) in zip(tips, bases, strict=True):
             c.paint(c.capsule(side * x0, y0, side * x1, y1, 0.08), 0.24)
-            joints = _stripes(np.hypot(c.x - side * x0, c.y - y0) * 3.2, 8)
+            joints = stripes(np.hypot(c.x - side * x0, c.y - y0) * 3.2, 8)
             bone = c.capsule(side * x0, y0 + 0.1, side * x1, y1 + 0.02, 0.038)
             c.paint(bone, 0.58 - 0.35 * joints)
         # Wrist, ulna and radius.
@@ -114,7 +106,7 @@ def _vertebra_ct(c: Canvas) -> None:
 def _chest_ct(c: Canvas) -> None:
     _trunk_ct(c, 0.8)
     ribs = c.inside(0.03 - np.abs(c.depth(0, 0, 0.83, 0.68)))
-    c.paint(ribs * _stripes(np.arctan2(c.y, c.x) * 2.1, 0.6), 0.8)
+    c.paint(ribs * stripes(np.arctan2(c.y, c.x) * 2.1, 0.6), 0.8)
     vessels = np.clip(c.noise(18) - 0.9, 0, 1)
     for side in _BOTH_SIDES:
         c.paint(c.ellipse(side * 0.45, 0.02, 0.33, 0.58), 0.07)
@@ -191,7 +183,7 @@ def _pelvis_mr(c: Canvas) -> None:
         c.paint(c.ellipse(side * 0.57, -0.02, 0.21, 0.22), 0.08)
         c.paint(c.ellipse(side * 0.57, -0.02, 0.18, 0.19), 0.45)
         c.paint(c.capsule(side * 0.66, 0.1, side * 0.8, 0.2, 0.08), 0.42)
-        fibres = _stripes((c.x * side + c.y) * 6, 1)
+        fibres = stripes((c.x * side + c.y) * 6, 1)
         c.paint(c.ellipse(side * 0.42, 0.45, 0.32, 0.16, side * -20), 0.2 + 0.1 * fibres)
     # Bladder, uterus or prostate, rectum.
     c.paint(c.ellipse(0, -0.22, 0.24, 0.2), 0.72)
@@ -201,7 +193,7 @@ def _pelvis_mr(c: Canvas) -> None:
 
 def _thyroid_ultrasound(c: Canvas) -> None:
     # Layers of skin and muscle, the dark band of a neck muscle.
-    c.value += 0.26 + 0.05 * _stripes(c.y * 4 + 0.2 * c.noise(3), 1)
+    c.value += 0.26 + 0.05 * stripes(c.y * 4 + 0.2 * c.noise(3), 1)
     c.paint(c.inside(0.08 - np.abs(c.y + 0.62 - 0.1 * c.x**2), 4), 0.14)
     for side in _BOTH_SIDES:
         # Lobe, carotid artery.
@@ -255,7 +247,7 @@ def _colon_histology(c: Canvas) -> None:
 
 def _skin_histology(c: Canvas) -> None:
     # The dermis with its fibres, then the epidermis with its ridges, the horny layer and the air.
-    c.value += 0.64 + 0.07 * (_stripes(c.y * 4 + c.x + 0.6 * c.noise(5), 1) - 0.5)
+    c.value += 0.64 + 0.07 * (stripes(c.y * 4 + c.x + 0.6 * c.noise(5), 1) - 0.5)
     _nuclei(c, 0.0)
     ridges = -0.6 + 0.07 * np.sin(c.x * c.rng.uniform(9, 13) + c.rng.uniform(0, 6))
     c.paint(c.inside(ridges - c.y, 2), 0.44)

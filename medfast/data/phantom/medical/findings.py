@@ -1,21 +1,17 @@
-"""The findings: where they lie, and their shapes as small masks."""
+"""The findings: their shapes as small masks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
-from medfast.data.phantom.anatomy import Zone
 from medfast.data.phantom.canvas import Canvas, Field
-from medfast.data.phantom.cases import COUNTS, Finding
+from medfast.data.phantom.cases import Finding
+from medfast.data.phantom.placing import Zone, centres
 
 # Radius as a share of half the picture's short side: nothing lies between small and large.
 RADII = {"small": (0.088, 0.1), "large": (0.168, 0.182)}
-# Centres keep this many radii apart, and a margin that keeps small neighbours apart as well.
-_SPACING, _MARGIN = 2.35, 0.03
-_CANDIDATES = 512
 
 
 def draw(canvas: Canvas, finding: Finding, zone: Zone, ink: float) -> None:
@@ -25,41 +21,10 @@ def draw(canvas: Canvas, finding: Finding, zone: Zone, ink: float) -> None:
         _stamp(canvas, finding.kind, x, y, radius * canvas.unit, ink)
 
 
-def centres(canvas: Canvas, finding: Finding, zone: Zone, radius: float) -> NDArray[np.float64]:
-    """Return one pixel position (x, y) per lesion [N, 2], far enough apart to be counted."""
-    x, y, rx, ry = zone
-    number = COUNTS.index(finding.count) + 1
-    angle = canvas.rng.uniform(0, 2 * np.pi, (_CANDIDATES, number))
-    # One lesion lies anywhere in the zone; several keep to its rim, where they have room.
-    reach = canvas.rng.uniform(0, 1, (_CANDIDATES, number)) ** (0.5 / number)
-    body = np.stack([x + rx * reach * np.cos(angle), y + ry * reach * np.sin(angle)], axis=-1)
-    if finding.side == "left":
-        body[..., 0] *= -1
-    points = canvas.to_pixels(body)
-    if number == 1:
-        return points[0]
-    # Of many tries at once, the first with enough room, else the roomiest.
-    one, other = np.triu_indices(number, 1)
-    gaps = np.linalg.norm(points[:, one] - points[:, other], axis=-1).min(axis=1)
-    enough = gaps >= (_SPACING * radius + _MARGIN) * canvas.unit
-    return points[np.argmax(enough) if enough.any() else np.argmax(gaps)]
-
-
 def _stamp(canvas: Canvas, kind: str, x: float, y: float, size: float, ink: float) -> None:
-    height, width = canvas.shape
-    reach = 1.7 * size
-    left, right = max(0, int(x - reach)), min(width, int(x + reach) + 1)
-    top, bottom = max(0, int(y - reach)), min(height, int(y + reach) + 1)
-    columns, rows = np.meshgrid(
-        np.arange(left, right, dtype=np.float32) + (0.5 - x),
-        np.arange(top, bottom, dtype=np.float32) + (0.5 - y),
-    )
-    turn = canvas.rng.uniform(0, 2 * np.pi)
-    u = (columns * np.cos(turn) + rows * np.sin(turn)) / size
-    v = (rows * np.cos(turn) - columns * np.sin(turn)) / size
+    window = canvas.window(x, y, size, 1.7, canvas.rng.uniform(0, 2 * np.pi))
+    u, v, tissue = window.x, window.y, window.value
     r = np.hypot(u, v)
-
-    tissue = canvas.value[top:bottom, left:right]
     paper = 0.12 if ink > 0.5 else 0.78
     # Quietens the anatomy around the finding, so that its outline can be told from the texture.
     tissue += (paper - tissue) * (0.35 * np.clip(2.6 - 1.6 * r, 0, 1))

@@ -1,28 +1,12 @@
-"""The words: captions, their false counterparts and the zero-shot prompts."""
+"""The words: captions and the zero-shot prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TypeVar
-
 import numpy as np
 
-from medfast.data.phantom.cases import (
-    CLASSES,
-    COUNTS,
-    DETAILS,
-    FINDINGS,
-    NO_FINDING,
-    SECTIONS,
-    SIDES,
-    SIZES,
-    Case,
-    Finding,
-    Sample,
-)
-
-T = TypeVar("T")
+from medfast.data.phantom.cases import COUNTS, NO_FINDING, SIDES, SIZES, WORDS, Finding, Sample
+from medfast.data.phantom.medical.cases import CLASSES, FINDINGS, SECTIONS, MedicalCase
+from medfast.data.phantom.wording import capitalised, pick
 
 # The options under one key are interchangeable; the first is the plainest and serves the prompts.
 _MODALITY_NOUNS = {
@@ -169,27 +153,10 @@ _FILLER_SHARE = 0.25
 _OMIT_SHARE = 0.03
 _PLANE_SHARE = 0.25
 
-# Keeps the draws of the wording apart from those of the picture, which share a sample's key.
-_STREAM = 1
-_FALSE_STREAM = 2
 
-
-def caption(sample: Sample) -> str:
+def caption(sample: Sample[MedicalCase]) -> str:
     """Return the caption of a sample, 8 to about 25 words that name all that it shows."""
-    return _worded(sample.case, np.random.default_rng((*sample.key, _STREAM)))
-
-
-def false_captions(sample: Sample) -> dict[str, str]:
-    """Return, for each of side, size and count, the caption with only that detail made wrong."""
-    finding = sample.case.finding
-    if finding is None:
-        return {}
-    rng = np.random.default_rng((*sample.key, _FALSE_STREAM))
-    altered = {detail: finding.altered(detail, rng) for detail in DETAILS}
-    return {
-        detail: caption(replace(sample, case=replace(sample.case, finding=other)))
-        for detail, other in altered.items()
-    }
+    return _worded(sample.case, sample.rng(WORDS))
 
 
 def prompts(label: str) -> list[list[str]]:
@@ -279,7 +246,7 @@ _PROMPTS = {
 }
 
 
-def _worded(case: Case, rng: np.random.Generator) -> str:
+def _worded(case: MedicalCase, rng: np.random.Generator) -> str:
     """Return a caption whose template and synonyms depend on `rng` alone, never on the details.
 
     So with the same `rng` another detail changes only its own words, and plurals and verbs with it.
@@ -287,21 +254,21 @@ def _worded(case: Case, rng: np.random.Generator) -> str:
     study = _study(case, rng)
     fillers: tuple[str, ...] = _FILLERS
     if case.finding is None:
-        text = _pick(rng, _NORMAL_TEMPLATES).format(study=study)
+        text = pick(rng, _NORMAL_TEMPLATES).format(study=study)
     else:
-        template = _pick(rng, _TEMPLATES)
+        template = pick(rng, _TEMPLATES)
         text = template.format(study=study, **_finding_words(case, case.finding, rng))
         fillers += _FINDING_FILLERS
     # The captions that may be short always get one.
     if rng.random() < _FILLER_SHARE or case.finding is None or " " not in study:
-        text = f"{text} {_pick(rng, fillers)}"
-    return _capitalised(text)
+        text = f"{text} {pick(rng, fillers)}"
+    return capitalised(text)
 
 
-def _study(case: Case, rng: np.random.Generator) -> str:
-    noun = _pick(rng, _MODALITY_NOUNS[case.modality])
-    adjective = _pick(rng, _ORGAN_ADJECTIVES[case.organ])
-    organ = _pick(rng, _ORGAN_NOUNS[case.organ])
+def _study(case: MedicalCase, rng: np.random.Generator) -> str:
+    noun = pick(rng, _MODALITY_NOUNS[case.modality])
+    adjective = pick(rng, _ORGAN_ADJECTIVES[case.organ])
+    organ = pick(rng, _ORGAN_NOUNS[case.organ])
     adjective_first, with_plane, omission = rng.random(3)
     if omission < _OMIT_SHARE:
         return f"image of {organ}"
@@ -311,14 +278,14 @@ def _study(case: Case, rng: np.random.Generator) -> str:
     return f"{_PLANES[case.modality]} {phrase}" if with_plane < _PLANE_SHARE else phrase
 
 
-def _finding_words(case: Case, finding: Finding, rng: np.random.Generator) -> dict[str, str]:
+def _finding_words(case: MedicalCase, finding: Finding, rng: np.random.Generator) -> dict[str, str]:
     single = finding.count == "one"
-    singular, plural = _pick(rng, _FINDING_NOUNS[finding.kind])
+    singular, plural = pick(rng, _FINDING_NOUNS[finding.kind])
     noun = singular if single else plural
-    size = _pick(rng, _SIZE_WORDS[finding.size])
-    numeral = _pick(rng, _NUMERALS[finding.count])
-    quantity = _pick(rng, _QUANTITIES[finding.count])
-    part = _pick(rng, _FIELD_PARTS if case.modality == "histology" else _PARTS[case.organ])
+    size = pick(rng, _SIZE_WORDS[finding.size])
+    numeral = pick(rng, _NUMERALS[finding.count])
+    quantity = pick(rng, _QUANTITIES[finding.count])
+    part = pick(rng, _FIELD_PARTS if case.modality == "histology" else _PARTS[case.organ])
     places = (
         f"in the {finding.side} {part}",
         f"on the {finding.side} side",
@@ -331,20 +298,10 @@ def _finding_words(case: Case, finding: Finding, rng: np.random.Generator) -> di
         "size": size,
         "finding": noun,
         "part": part,
-        "place": _pick(rng, places),
-        "number": _pick(rng, _NUMBERS[finding.count]),
+        "place": pick(rng, places),
+        "number": pick(rng, _NUMBERS[finding.count]),
         "verb": "is" if single else "are",
         "lesions": f"{quantity} {size} {noun}",
         "sided_lesions": f"{quantity} {size} {finding.side}-sided {noun}",
         "counted_lesions": f"{numeral} {size} {noun}",
     }
-
-
-def _capitalised(text: str) -> str:
-    """Return the text with every sentence's first letter in upper case."""
-    return ". ".join(sentence[:1].upper() + sentence[1:] for sentence in text.split(". "))
-
-
-def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
-    # One draw whatever the number of options, so that all later draws stay in step.
-    return options[int(rng.random() * len(options))]

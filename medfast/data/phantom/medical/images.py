@@ -6,42 +6,32 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from medfast.data.phantom import anatomy, findings
 from medfast.data.phantom.canvas import Canvas, Field
-from medfast.data.phantom.cases import Sample
+from medfast.data.phantom.cases import PICTURE, Sample
+from medfast.data.phantom.exposure import eight_bits, exposed, grain, size
+from medfast.data.phantom.medical import anatomy, findings
+from medfast.data.phantom.medical.cases import MedicalCase
 
-# Keeps the draws of the picture apart from those of the wording, which share a sample's key.
-_STREAM = 0
 _STAIN = np.array([[0.20, 0.10, 0.36], [0.80, 0.48, 0.66], [0.98, 0.95, 0.97]])
 _LUMA = np.array([0.299, 0.587, 0.114])
 
 
-def render(sample: Sample) -> Image.Image:
+def render(sample: Sample[MedicalCase]) -> Image.Image:
     """Return the picture of a sample, grey or RGB, short side 128 to 140 pixels."""
-    rng = np.random.default_rng((*sample.key, _STREAM))
+    rng = sample.rng(PICTURE)
     case = sample.case
-    canvas = Canvas(rng, *_size(rng))
+    canvas = Canvas(rng, *size(rng))
     section = anatomy.ANATOMY[case.modality, case.organ]
     section.draw(canvas)
     stained = case.modality == "histology"
     if case.finding is not None:
         findings.draw(canvas, case.finding, section.zone, ink=0.06 if stained else 0.97)
     _ACQUISITIONS[case.modality](canvas)
-    levels = _exposed(canvas.value, rng, (0.42, 0.66) if stained else (0.24, 0.44))
-    grey = Image.fromarray(np.clip(levels * 255 + 0.5, 0, 255).astype(np.uint8))
+    levels = exposed(canvas.value, rng, (0.42, 0.66) if stained else (0.24, 0.44))
+    grey = Image.fromarray(eight_bits(levels))
     if rng.random() < 0.3:
         grey = grey.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.6)))
     return _coloured(grey, stained, rng)
-
-
-def _size(rng: np.random.Generator) -> tuple[int, int]:
-    short = int(rng.integers(128, 141))
-    long = int(short * rng.uniform(1.05, 1.2)) if rng.random() < 0.3 else short
-    return (long, short) if rng.random() < 0.5 else (short, long)
-
-
-def _grain(canvas: Canvas, strength: float) -> Field:
-    return strength * canvas.rng.standard_normal(canvas.shape, dtype=np.float32)
 
 
 def _smeared(field: Field) -> Field:
@@ -51,25 +41,25 @@ def _smeared(field: Field) -> Field:
 
 
 def _radiograph(canvas: Canvas) -> None:
-    canvas.value += _grain(canvas, canvas.rng.uniform(0.01, 0.035)) + 0.03 * canvas.noise(2)
+    canvas.value += grain(canvas, canvas.rng.uniform(0.01, 0.035)) + 0.03 * canvas.noise(2)
 
 
 def _ct(canvas: Canvas) -> None:
     # Reconstruction noise is coarser than a pixel and fills the air around the body as well.
     strength = canvas.rng.uniform(0.01, 0.03)
-    canvas.value += _grain(canvas, strength) + strength * canvas.noise(50)
+    canvas.value += grain(canvas, strength) + strength * canvas.noise(50)
 
 
 def _mr(canvas: Canvas) -> None:
     # The coil's uneven sensitivity, then the noise of a magnitude image.
     canvas.value *= 1 + 0.12 * canvas.noise(2)
     strength = canvas.rng.uniform(0.01, 0.03)
-    canvas.value = np.hypot(canvas.value + _grain(canvas, strength), _grain(canvas, strength))
+    canvas.value = np.hypot(canvas.value + grain(canvas, strength), grain(canvas, strength))
 
 
 def _ultrasound(canvas: Canvas) -> None:
     # The envelope of two speckle fields, each smeared along the echo's width.
-    speckle = np.hypot(*(_smeared(_grain(canvas, 1.0)) for _ in range(2)))
+    speckle = np.hypot(*(_smeared(grain(canvas, 1.0)) for _ in range(2)))
     canvas.value *= 1 + canvas.rng.uniform(0.25, 0.4) * (speckle - 1)
     canvas.value *= 1.08 - 0.15 * canvas.y
     fan = np.abs(np.arctan2(canvas.x, canvas.y + 1.9))
@@ -79,7 +69,7 @@ def _ultrasound(canvas: Canvas) -> None:
 
 
 def _histology(canvas: Canvas) -> None:
-    canvas.value += _grain(canvas, 0.025) + 0.03 * canvas.noise(3)
+    canvas.value += grain(canvas, 0.025) + 0.03 * canvas.noise(3)
 
 
 _ACQUISITIONS = {
@@ -89,26 +79,6 @@ _ACQUISITIONS = {
     "ultrasound": _ultrasound,
     "histology": _histology,
 }
-
-
-def _exposed(value: Field, rng: np.random.Generator, means: tuple[float, float]) -> Field:
-    """Return the picture with a gamma for a random mean, and a random range.
-
-    The target knows nothing of the content, so neither modality nor finding shows in the mean.
-    """
-    value = np.clip(value, 0.004, 1)
-    target = rng.uniform(*means)
-    logs = np.log(value)
-    sparse = logs[::4, ::4]
-    low, high = 0.55, 1.8
-    for _ in range(8):
-        gamma = (low + high) / 2
-        if np.exp(gamma * sparse).mean() > target:
-            low = gamma
-        else:
-            high = gamma
-    black, white = rng.uniform(0, 0.16), rng.uniform(0.76, 1.0)
-    return black + (white - black) * np.exp(gamma * logs)
 
 
 def _coloured(grey: Image.Image, stained: bool, rng: np.random.Generator) -> Image.Image:
