@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medfast.data.tokens import Tokenizer
+from medfast.errors import UsageError
 from medfast.models.presets import Preset
 
 LOG_SCALE_INIT = math.log(1 / 0.07)
@@ -27,6 +29,7 @@ class Features:
         patches: Projected patch features [B, P, D], not normalised; None unless asked for.
         tokens: Projected token features [B, T, D], not normalised; None unless asked for.
         logit_scale: The learnable scale, exponentiated, a scalar.
+        extra: What one method alone asks for, by its own names; rows follow the batch.
     """
 
     image: Tensor
@@ -34,12 +37,29 @@ class Features:
     patches: Tensor | None
     tokens: Tensor | None
     logit_scale: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def local(self) -> tuple[Tensor, Tensor]:
         """Return patches and tokens of a model that was asked for them."""
         assert self.patches is not None
         assert self.tokens is not None
         return self.patches, self.tokens
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return all that is there of single pairs, by name: all but the scale."""
+        own = {name: getattr(self, name) for name in _PARTS}
+        return {name: x for name, x in own.items() if x is not None} | dict(self.extra)
+
+    def with_parts(self, parts: Mapping[str, Tensor]) -> Features:
+        """Return the features with others in place of their `parts`."""
+        return Features(
+            *(parts["image"], parts["text"], parts.get("patches"), parts.get("tokens")),
+            self.logit_scale,
+            {name: x for name, x in parts.items() if name not in _PARTS},
+        )
+
+
+_PARTS = ("image", "text", "patches", "tokens")
 
 
 class ImageTower(nn.Module):
@@ -60,6 +80,7 @@ class ImageTower(nn.Module):
         if preset.image.startswith(("vit_", "deit")):
             args["img_size"] = preset.image_size
         trunk: Any = timm.create_model(preset.image, **args)
+        _check_patches(trunk, preset.image_size)
         self.trunk = trunk
         self.width: int = trunk.num_features
         self.register_buffer(
@@ -73,9 +94,15 @@ class ImageTower(nn.Module):
         self.grid = (math.isqrt(patches), math.isqrt(patches))
         self.train()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its weights."""
+        return next(self.trunk.parameters()).dtype
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return global [B, C] and patch [B, P, C] features of uint8 images [B, 3, H, W]."""
-        features = self.trunk.forward_features((images - self.mean) / self.std)
+        pixels = ((images - self.mean) / self.std).to(self.dtype)
+        features = self.trunk.forward_features(pixels)
         pooled = self.trunk.forward_head(features, pre_logits=True)
         if features.ndim == 4:
             channels_last = getattr(self.trunk, "output_fmt", "NCHW") == "NHWC"
@@ -110,6 +137,7 @@ class TextTower(nn.Module):
         args = {"add_pooling_layer": False} if config.model_type == "bert" else {}
         self.trunk: Any = AutoModel.from_config(config, **args)
         self.width: int = config.hidden_size
+        self.vocab_size = vocab_size
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return global [B, C] and token [B, T, C] features of token ids [B, T].
@@ -155,11 +183,25 @@ class ImageTextModel(nn.Module):
             self.token_projection = _projection(self.text_tower.width, preset.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(LOG_SCALE_INIT))
 
+    def train(self, mode: bool = True) -> ImageTextModel:
+        """Set the mode of what is trained; what is locked stays as in evaluation."""
+        super().train(mode)
+        for module in self.modules():
+            parameters = list(module.parameters())
+            # Its dropout and batch statistics are locked too.
+            if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
+        return self
+
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return unit global [B, D] and, where built, patch [B, P, D] features."""
         pooled, patches = self.image_tower(images)
         local = self.patch_projection(patches) if self.patch_projection else None
-        return F.normalize(self.image_projection(pooled).float(), dim=-1), local
+        return self.project_image(pooled), local
+
+    def project_image(self, pooled: Tensor) -> Tensor:
+        """Return unit features [B, D] of the image tower's global ones [B, C]."""
+        return F.normalize(self.image_projection(pooled).float(), dim=-1)
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return unit global [B, D] and, where built, token [B, T, D] features."""
@@ -173,10 +215,39 @@ class ImageTextModel(nn.Module):
         text, tokens = self.encode_text(ids, mask)
         return Features(image, text, patches, tokens, self.logit_scale.exp())
 
+    def checkpoint_activations(self) -> None:
+        """Let the towers compute activations again in the backward instead of keeping them."""
+        self.image_tower.trunk.set_grad_checkpointing(True)
+        text: Any = self.text_tower.trunk
+        if hasattr(text, "activation_checkpointing_enable"):
+            text.activation_checkpointing_enable()
+        else:  # its name before transformers 5
+            text.gradient_checkpointing_enable()
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Keep the weights in `dtype`; the scale and what normalises pixels stay in fp32."""
+        for name, module in self.named_children():
+            (module.trunk if name.endswith("_tower") else module).to(dtype)
+
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         """Keep the scale in [1, 100], as CLIP does after each step."""
         self.logit_scale.clamp_(0, LOG_SCALE_MAX)
+
+
+def _check_patches(trunk: Any, image_size: int) -> None:
+    """Refuse an image that patches do not fill.
+
+    Raises:
+        UsageError: they do not.
+    """
+    side = getattr(getattr(trunk, "patch_embed", None), "patch_size", (1, 1))[0]
+    if image_size % side:
+        fits = image_size - image_size % side or side
+        raise UsageError(
+            f"--force-image-size must be a multiple of the patch size {side}; got {image_size}. "
+            f"Use {fits} or {fits + side}."
+        )
 
 
 def _projection(width: int, embed_dim: int) -> nn.Linear:
