@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from medfast import ops
@@ -16,16 +17,19 @@ class ClipLoss(nn.Module):
     """Contrastive loss of image-text pairs with open_clip's constructor and forward.
 
     Args:
-        local_loss: Accepted as in open_clip; needs `gather_with_grad`.
-        gather_with_grad: Accepted as in open_clip; without effect in a single process.
+        local_loss: Return this process's part of the loss, whose mean over processes it is; else
+            that mean. Needs `gather_with_grad`. The gradient is the same.
+        gather_with_grad: Accepted as in open_clip. Gradients always reach the features of every
+            process: their mean over processes is the gradient of the loss of all pairs.
         cache_labels: Accepted and without effect: there are no label tensors to cache.
         rank: This process's number.
-        world_size: Number of processes; only 1 so far.
+        world_size: Number of processes that `torch.distributed` runs. With several, text features
+            travel from each to the next; none ever holds all.
         use_horovod: Accepted for callers of older versions and ignored.
         impl: Implementation, as in `medfast.ops.clip_loss`.
 
     Raises:
-        ValueError: `local_loss` without `gather_with_grad`, or more than one process.
+        ValueError: `local_loss` without `gather_with_grad`.
     """
 
     def __init__(
@@ -46,7 +50,6 @@ class ClipLoss(nn.Module):
                 "the gradient through the gathered features the sum of the ranks' gradients points "
                 "in another direction than the loss's."
             )
-        _check_one_process("ClipLoss", world_size)
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
@@ -89,11 +92,28 @@ class ClipLoss(nn.Module):
             logit_bias: Accepted as in open_clip; a softmax does not change with it, and its
                 gradient is zero.
             output_dict: Return {"contrastive_loss": loss}.
-            positives: Group ids, int64 [B].
+            positives: Group ids, int64 [B]; in a single process only.
+
+        Raises:
+            ValueError: a feature has the wrong shape or dtype.
+            RuntimeError: `torch.distributed` runs another number of processes.
         """
-        loss = ops.clip_loss(
-            image_features, text_features, logit_scale, positives=positives, impl=self.impl
-        )
+        features = (image_features, text_features)
+        if self.world_size == 1:
+            loss = ops.clip_loss(*features, logit_scale, positives=positives, impl=self.impl)
+        else:
+            if positives is not None:
+                raise ValueError(
+                    "ClipLoss: positives must be None with several processes; got ids. Groups "
+                    "across processes are not supported yet."
+                )
+            _check_processes("ClipLoss", self.world_size)
+            from medfast import distributed
+
+            ring = distributed.Ring()
+            loss = distributed.clip_loss(*features, logit_scale, ring, impl=self.impl)
+            if not self.local_loss:
+                loss = _with_value(loss, ring.mean(loss))
         if isinstance(logit_bias, Tensor):
             # A parameter without any gradient would stop DistributedDataParallel.
             loss = loss + 0 * logit_bias.sum()
@@ -106,15 +126,15 @@ class SigLipLoss(nn.Module):
     Args:
         cache_labels: Accepted and without effect: there are no label tensors to cache.
         rank: This process's number.
-        world_size: Number of processes; only 1 so far.
+        world_size: Number of processes that `torch.distributed` runs; see `ClipLoss`.
         dist_impl: How processes exchange features: "bidir" (None stands for it), "shift", "reduce"
-            or "gather"; without effect in a single process.
+            or "gather"; accepted and without effect: text features travel around a ring.
         bidir: Accepted for callers of older versions and ignored.
         use_horovod: Accepted for callers of older versions and ignored.
         impl: Implementation, as in `medfast.ops.siglip_loss`.
 
     Raises:
-        ValueError: `dist_impl` is unknown, or more than one process.
+        ValueError: `dist_impl` is unknown.
     """
 
     def __init__(
@@ -132,7 +152,6 @@ class SigLipLoss(nn.Module):
         self.dist_impl = dist_impl or "bidir"
         if self.dist_impl not in _EXCHANGES:
             raise ValueError("SigLipLoss: " + unknown_name("dist_impl", self.dist_impl, _EXCHANGES))
-        _check_one_process("SigLipLoss", world_size)
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
@@ -177,7 +196,14 @@ class SigLipLoss(nn.Module):
             output_dict: Return {"contrastive_loss": loss}.
         """
         bias = 0.0 if logit_bias is None else logit_bias
-        loss = ops.siglip_loss(image_features, text_features, logit_scale, bias, impl=self.impl)
+        arguments = (image_features, text_features, logit_scale, bias)
+        if self.world_size == 1:
+            loss = ops.siglip_loss(*arguments, impl=self.impl)
+        else:
+            _check_processes("SigLipLoss", self.world_size)
+            from medfast import distributed
+
+            loss = distributed.siglip_loss(*arguments, distributed.Ring(), impl=self.impl)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -299,12 +325,19 @@ class SparcLoss(nn.Module):
         )
 
 
-def _check_one_process(loss: str, world_size: int) -> None:
-    if world_size != 1:
-        raise ValueError(
-            f"{loss}: world_size must be 1 so far; got {world_size}. Negatives from other "
-            "processes are not supported yet; use open_clip's loss there."
+def _check_processes(loss: str, world_size: int) -> None:
+    """Refuse a number of processes that is not that of torch.distributed."""
+    running = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if running != world_size:
+        raise RuntimeError(
+            f"{loss}: world_size must be the number of processes that torch.distributed runs, "
+            f"{running}; got {world_size}. Call torch.distributed.init_process_group before."
         )
+
+
+def _with_value(loss: Tensor, value: Tensor) -> Tensor:
+    """Return `value` with the gradient of `loss`."""
+    return loss + (value - loss).detach()
 
 
 def _logits(

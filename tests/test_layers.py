@@ -13,7 +13,8 @@ ROOT = Path(medfast.__file__).parent
 # Room -> rooms of medfast it may import, beside errors.
 ALLOWED = {
     "ops": {"ops", "_C"},
-    "losses": {"ops"},
+    "losses": {"ops", "distributed"},
+    "distributed": {"ops"},
     "data": {"data", "cli"},  # cli: for data's own command
     "models": {"models", "data"},
     "methods": {"methods", "models", "data", "ops", "losses"},

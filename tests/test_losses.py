@@ -56,9 +56,9 @@ def test_local_loss_alone_is_refused_with_the_reason():
 
 
 @pytest.mark.parametrize("loss", [ClipLoss, SigLipLoss])
-def test_more_processes_are_refused(loss):
-    with pytest.raises(ValueError, match=f"{loss.__name__}: world_size must be 1 so far; got 2"):
-        loss(rank=1, world_size=2)
+def test_another_number_of_processes_than_run_is_refused(loss, features):
+    with pytest.raises(RuntimeError, match=rf"{loss.__name__}: world_size must be .*, 1; got 2"):
+        loss(rank=1, world_size=2)(*features, torch.tensor(14.3), torch.tensor(-10.0))
 
 
 def test_siglip_loss_is_the_op(features):
