@@ -8,10 +8,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from medfast import ClipLoss, SigLipLoss
-from medfast.distributed import Ring, clip_loss, siglip_loss
-from medfast.ops import clip_loss as whole_clip_loss
-from medfast.ops import siglip_loss as whole_siglip_loss
+from medfast import ClipLoss, SigLipLoss, distributed, ops
+from medfast.distributed import Ring
 
 D = 16
 SCALE, BIAS = 14.3, -10.0
@@ -64,54 +62,95 @@ def leaves(rank, sizes, dtype=torch.float32):
     return [x.requires_grad_() for x in (*own, torch.tensor(SCALE), torch.tensor(BIAS))]
 
 
+def parts_of_pairs(rank, sizes):
+    """Return this rank's patches, words, their mask, and the scalars, as leaves.
+
+    Captions are cut to the longest of a rank, which differ.
+    """
+    generator = torch.Generator().manual_seed(1)
+    pairs, start = sum(sizes), sum(sizes[:rank])
+    patches = torch.randn(pairs, 4, D, generator=generator)
+    tokens = torch.randn(pairs, 7, D, generator=generator)
+    lengths = torch.randint(1, 8, (pairs,), generator=generator)
+    rows = slice(start, start + sizes[rank])
+    longest = lengths[rows].max()
+    mask = torch.arange(longest) < lengths[rows].unsqueeze(1)
+    scalars = (torch.tensor(x) for x in (4.0, 5.0, 10.0))
+    inputs = (patches[rows].clone(), tokens[rows, :longest].clone(), *scalars)
+    return [x.requires_grad_() for x in inputs], mask
+
+
 def value_and_grads(loss, inputs):
     grads = torch.autograd.grad(loss, inputs)
     return [x.detach().double().numpy() for x in (loss, *grads)]
 
 
-def _both_losses(rank, sizes, impl, dtype=torch.float32):
-    ring = Ring()
-    clip, siglip = leaves(rank, sizes, dtype), leaves(rank, sizes, dtype)
-    return (
-        value_and_grads(clip_loss(*clip[:3], ring, impl=impl), clip[:3]),
-        value_and_grads(siglip_loss(*siglip, ring, impl=impl), siglip),
-    )
+def losses(module, rank, sizes, impl, dtype=torch.float32):
+    """Return values and gradients of each loss of `ops` or, over ranks, of `distributed`."""
+    more = {"impl": impl} | ({"ring": Ring()} if module is distributed else {})
+    found = {}
+    x = leaves(rank, sizes, dtype)[:3]
+    found["clip"] = value_and_grads(module.clip_loss(*x, **more), x)
+    x = leaves(rank, sizes, dtype)
+    found["siglip"] = value_and_grads(module.siglip_loss(*x, **more), x)
+    x = leaves(rank, sizes, dtype)[:3]
+    found["simclr"] = value_and_grads(module.simclr_loss(*x, **more), x)
+    if impl != "cpu":
+        for place, name in enumerate(("cross-modal", "in-modal")):
+            x = leaves(rank, sizes, dtype)[:2]
+            found[name] = value_and_grads(module.cyclip_loss(*x, **more)[place], x)
+    (*x, attention, words, pairs), mask = parts_of_pairs(rank, sizes)
+    temps = {"temp_attention": attention, "temp_words": words, "temp_pairs": pairs}
+    loss = module.local_alignment_loss(*x, mask, **temps, **more)
+    found["local"] = value_and_grads(loss, [*x, attention, words, pairs])
+    (*x, scale, _, _), mask = parts_of_pairs(rank, sizes)
+    found["filip"] = value_and_grads(module.filip_loss(*x, mask, scale, **more), [*x, scale])
+    (*x, scale, _, _), mask = parts_of_pairs(rank, sizes)
+    found["sparc"] = value_and_grads(module.sparc_loss(*x, mask, scale, **more), [*x, scale])
+    return found
 
 
-def _by_each_implementation(rank, sizes):
-    return {impl: _both_losses(rank, sizes, impl) for impl in ("cpu", "torch", "reference")}
+def _of_all_ranks(rank, sizes, dtype=torch.float32):
+    impls = ("cpu", "torch", "reference")
+    return {impl: losses(distributed, rank, sizes, impl, dtype) for impl in impls}
 
 
 def assert_like_one_process(parts, expected, rtol=2e-6):
     """The mean over ranks of values and scalars' gradients; the features' for the sum of losses."""
     world = len(parts)
-    whole = [torch.from_numpy(x) for x in expected]
-    for place, want in enumerate(whole):
+    for place, want in enumerate(map(torch.from_numpy, expected)):
         found = [torch.from_numpy(part[place]) for part in parts]
-        # DistributedDataParallel takes the mean of what features' gradients lead to.
-        got = torch.cat(found) / world if place in (1, 2) else torch.stack(found).mean(0)
-        assert (got - want).norm() <= rtol * want.norm() + 1e-7
+        if place in (1, 2):
+            if want.ndim == 3:  # the captions of a rank may all be short
+                found = [F.pad(x, (0, 0, 0, want.shape[1] - x.shape[1])) for x in found]
+            # DistributedDataParallel takes the mean of what features' gradients lead to.
+            got = torch.cat(found) / world
+        else:
+            got = torch.stack(found).mean(0)
+        assert (got - want).norm() <= rtol * want.norm() + 1e-6
 
 
 @pytest.mark.parametrize("sizes", BATCHES)
 def test_parts_are_those_of_the_whole_batch(tmp_path, sizes):
-    parts = run(len(sizes), _by_each_implementation, tmp_path, sizes)
-    inputs = leaves(0, (sum(sizes),))
-    clip = value_and_grads(whole_clip_loss(*inputs[:3], impl="reference"), inputs[:3])
-    siglip = value_and_grads(whole_siglip_loss(*inputs, impl="reference"), inputs)
-    for impl in parts[0]:
-        assert_like_one_process([part[impl][0] for part in parts], clip)
-        assert_like_one_process([part[impl][1] for part in parts], siglip)
+    ranks = run(len(sizes), _of_all_ranks, tmp_path, sizes)
+    expected = losses(ops, 0, (sum(sizes),), "reference")
+    for impl in ranks[0]:
+        assert ranks[0][impl].keys() == expected.keys() - (
+            {"cross-modal", "in-modal"} if impl == "cpu" else set()
+        )
+        for name in ranks[0][impl]:
+            assert_like_one_process([rank[impl][name] for rank in ranks], expected[name])
 
 
 def test_bf16_features_have_sums_in_fp32(tmp_path):
     sizes = (6, 6)
-    parts = run(2, _both_losses, tmp_path, sizes, "torch", torch.bfloat16)
-    inputs = leaves(0, (12,), torch.bfloat16)
-    clip = value_and_grads(whole_clip_loss(*inputs[:3], impl="torch"), inputs[:3])
-    assert_like_one_process([p[0] for p in parts], clip, rtol=1e-2)
-    # The loss itself is not rounded to bf16.
-    assert sum(p[0][0] for p in parts) / 2 == pytest.approx(clip[0].item(), rel=1e-6)
+    ranks = run(2, _of_all_ranks, tmp_path, sizes, torch.bfloat16)
+    expected = losses(ops, 0, (12,), "torch", torch.bfloat16)
+    for name in ("clip", "siglip", "simclr"):
+        parts = [rank["torch"][name] for rank in ranks]
+        assert_like_one_process(parts, expected[name], rtol=1e-2)
+        # The loss itself is not rounded to bf16.
+        assert sum(p[0] for p in parts) / 2 == pytest.approx(expected[name][0].item(), rel=1e-6)
 
 
 def _beside_open_clip(rank, sizes):
@@ -149,11 +188,9 @@ def test_the_drop_in_losses_are_open_clips(tmp_path, world):
 
 
 def _is_the_same_twice(rank, sizes):
-    first, second = (_both_losses(rank, sizes, "cpu") for _ in range(2))
+    first, second = (losses(distributed, rank, sizes, "cpu") for _ in range(2))
     return all(
-        (a == b).all()
-        for x, y in zip(first, second, strict=True)
-        for a, b in zip(x, y, strict=True)
+        (a == b).all() for name in first for a, b in zip(first[name], second[name], strict=True)
     )
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     )
     from medfast.ops.ranking.api import paired_ranks, retrieval_rank
     from medfast.ops.siglip.api import siglip_loss
+    from medfast.ops.simclr.api import simclr_loss
     from medfast.ops.sparc.api import sparc_loss
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "register_flop_formulas",
     "retrieval_rank",
     "siglip_loss",
+    "simclr_loss",
     "sparc_loss",
     "word_patch_attention",
 ]
@@ -47,6 +49,7 @@ _FOLDERS = {
     "paired_ranks": "ranking",
     "retrieval_rank": "ranking",
     "siglip_loss": "siglip",
+    "simclr_loss": "simclr",
     "sparc_loss": "sparc",
     "word_patch_attention": "local_alignment",
 }

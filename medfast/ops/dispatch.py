@@ -17,6 +17,7 @@ IMPLEMENTATIONS = {
     "clip_loss": ("triton", "cpu", "torch", "reference"),
     "siglip_loss": ("triton", "cpu", "torch", "reference"),
     "cyclip_loss": ("torch", "reference"),
+    "simclr_loss": ("triton", "cpu", "torch", "reference"),
     "local_alignment_loss": ("triton", "cpu", "torch", "reference"),
     "filip_loss": ("triton", "cpu", "torch", "reference"),
     "sparc_loss": ("triton", "cpu", "torch", "reference"),
