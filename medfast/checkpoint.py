@@ -12,7 +12,10 @@ import torch
 from medfast.errors import UsageError
 
 # What a run needs to go on.
-KEYS = {"epoch", "batch", "step", "samples", "config", "state_dict", "method", "optimizer", "rng"}
+KEYS = {
+    *("epoch", "batch", "step", "samples", "config", "data"),
+    *("state_dict", "method", "optimizer", "scaler", "rng"),
+}
 _NAME = re.compile(r"epoch_(\d+)(?:_step_(\d+))?\.pt")
 
 
@@ -26,18 +29,32 @@ def save(folder: Path, state: dict[str, Any], keep: int) -> Path:
         state: Tensors and plain values, as `torch.load(weights_only=True)` takes them back.
         keep: How many checkpoints stay.
     """
-    folder.mkdir(exist_ok=True)
     within = f"_step_{state['step']}" if state["batch"] else ""
     path = folder / f"epoch_{state['epoch']}{within}.pt"
+    _write(path, state)
+    for old in listing(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def save_best(folder: Path, state: dict[str, Any]) -> None:
+    """Write the checkpoint of the best epoch so far, beside the others."""
+    _write(best(folder), state)
+
+
+def best(folder: Path) -> Path:
+    """Return the path of the best epoch's checkpoint."""
+    return folder / "best.pt"
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
     beside = path.with_suffix(".pt.part")
     with beside.open("wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
-    for old in listing(folder)[:-keep]:
-        old.unlink()
-    return path
 
 
 def listing(folder: Path) -> list[Path]:

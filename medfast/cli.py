@@ -11,18 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from medfast.config import TrainConfig, flag
+from medfast.config import RECIPES, TrainConfig, flag
 from medfast.errors import UsageError, unknown_name
+from medfast.methods import METHODS
+from medfast.study.plan import BUDGETS, OWN_SETTINGS, Study, in_order
 
 COMMANDS = {
     "train": "Train one model, evaluate it and write its report.",
     "data": "Check and pack image-caption data, or write the phantom.",
     "env": "Print versions, devices and which implementations can run here.",
     "profile": "Time training steps with a fused loss beside those with the reference.",
+    "study": "Train methods, seeds and initialisations under one budget, and compare them.",
 }
 TRAIN_EPILOG = """\
-Settings come from the defaults, then from --config, then from the flags. The merged result is
-saved with the run as params.yaml, which --config takes back."""
+Settings come from the defaults, then from --recipe, from --config and from the flags. The merged
+result is saved with the run as params.yaml, which --config takes back."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,6 +110,76 @@ def parse_profile(argv: Sequence[str] | None = None) -> tuple[TrainConfig, int]:
     return config, steps
 
 
+def parse_study(argv: Sequence[str] | None = None) -> tuple[Study, int, bool]:
+    """Return the study that is asked for, how many runs at a time, and whether only to list them.
+
+    Raises:
+        UsageError: a value is not acceptable.
+    """
+    parser = Parser(prog="medfast.study", description=COMMANDS["study"], allow_abbrev=False)
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["all"],
+        metavar="METHOD",
+        help=f"all, or some of: {', '.join(METHODS)}. (default: all)",
+    )
+    parser.add_argument(
+        "--budget",
+        default="quick",
+        metavar="NAME",
+        help=f"Settings of every run: {', '.join(BUDGETS)}, or a YAML file as for medfast train "
+        "--config. (default: quick)",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="The study's folder (default: studies/ and the budget's name)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="Runs at a time (default: 1)"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="Print the commands of the runs, and run nothing."
+    )
+    parser.add_argument(
+        "--pretrained",
+        metavar="SOURCE",
+        help="General-domain weights, as for medfast train; without it the study trains some.",
+    )
+    given = parser.parse_args(argv)
+    for name in given.methods:
+        if name not in ("all", *METHODS):
+            raise UsageError(unknown_name("--methods", name, ("all", *METHODS)))
+    if given.jobs < 1:
+        raise UsageError(f"--jobs must be at least 1; got {given.jobs}.")
+    methods = in_order(list(METHODS) if "all" in given.methods else given.methods)
+    out = Path(given.out or Path("studies") / Path(given.budget).stem).expanduser()
+    settings = _read_budget(given.budget)
+    return Study(methods, given.budget, settings, out, given.pretrained), given.jobs, given.list
+
+
+def _read_budget(name: str) -> dict[str, Any]:
+    """Return the settings of --budget, a name or a file."""
+    if name in BUDGETS:
+        return BUDGETS[name]
+    path = Path(name)
+    if not path.exists() and path.suffix not in (".yaml", ".yml"):
+        raise UsageError(
+            unknown_name("--budget", name, BUDGETS) + " Or name a YAML file of settings."
+        )
+    try:
+        settings = read_config(path)
+    except UsageError as error:
+        raise UsageError("--budget" + str(error).removeprefix("--config")) from None
+    for key in OWN_SETTINGS:
+        if key in settings:
+            raise UsageError(f"--budget {name} sets {key}, which is the study's; leave it out.")
+    try:
+        TrainConfig(**settings)
+    except UsageError as error:
+        raise UsageError(f"--budget {name}: {error}") from None
+    return settings
+
+
 def _settings_parser(command: str, epilog: str) -> Parser:
     """Return the parser of a command that takes the settings of a run."""
     parser = Parser(
@@ -118,14 +191,22 @@ def _settings_parser(command: str, epilog: str) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings.")
+    recipes = "; ".join(
+        f"{name}: " + ", ".join(f"{flag(key)} {value}" for key, value in settings.items())
+        for name, settings in RECIPES.items()
+    )
+    parser.add_argument("--recipe", metavar="NAME", help=f"Published settings. {recipes}.")
     add_settings(parser, TrainConfig)
     return parser
 
 
 def _settings(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of the flags `given`, over those of their --config."""
-    file = given.pop("config", None)
-    return {**read_config(Path(file)), **given} if file is not None else given
+    """Return the settings of the flags `given`, over those of their --config and --recipe."""
+    file, recipe = given.pop("config", None), given.pop("recipe", None)
+    if recipe is not None and recipe not in RECIPES:
+        raise UsageError(unknown_name("--recipe", recipe, RECIPES))
+    below = {} if recipe is None else RECIPES[recipe]
+    return {**below, **(read_config(Path(file)) if file is not None else {}), **given}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -259,6 +340,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         from medfast import profile
 
         profile.main(arguments[1:])
+    elif name == "study":
+        from medfast.study import __main__ as study
+
+        study.main(arguments[1:])
     else:
         from medfast.data import __main__ as data
 

@@ -10,12 +10,32 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from medfast.data import SOURCES, parse_source
 from medfast.errors import UsageError, unknown_name
 from medfast.methods import METHODS
-from medfast.models import PRESETS
+from medfast.models import PRESETS, Preset
 
 Impl = Literal["auto", "triton", "cuda", "cpu", "torch", "reference"]
-Precision = Literal["auto", "fp32", "amp_bf16"]
+Precision = Literal["auto", "fp32", "amp_bf16", "amp", "pure_bf16"]
+OptimizerName = Literal["adamw", "lamb", "apex_lamb"]
 Device = Literal["auto", "cpu", "cuda"]
 LoaderName = Literal["auto", "dali", "torch"]
+
+# Settings in place of the defaults, by the name of --recipe.
+RECIPES: dict[str, dict[str, Any]] = {
+    # The values that the authors of the study (arXiv 2406.07450) published later, in mmlearn; they
+    # are not the paper's. How many epochs it waits is ours.
+    "study": {
+        "model": "vit_b16_clip",
+        "batch_size": 512,
+        "resize_short": 512,
+        "epochs": 20,
+        "lr": 5e-5,
+        "wd": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.98,
+        "eps": 1e-6,
+        "warmup": 0,
+        "early_stop": 5,
+    }
+}
 
 
 def setting(default: Any, group: str, help: str, **extra: Any) -> Any:
@@ -59,7 +79,19 @@ class TrainConfig:
     cache_dir: str = setting(
         "~/.cache/medfast", "data", "Folder that keeps the phantom data.", frozen_on_resume=False
     )
-    batch_size: int = setting(64, "data", "Pairs per step.")
+    batch_size: int = setting(64, "data", "Pairs that pass through the towers at a time.")
+    accum_freq: int = setting(
+        1,
+        "data",
+        "Such batches per step: the gradient is exactly that of one batch of all their pairs, at "
+        "the price of a second pass through the towers.",
+    )
+    resize_short: int | None = setting(
+        None,
+        "data",
+        "Training crops are squares of the model's size from images whose short side has this many "
+        "pixels; without it they keep most of the image.",
+    )
     loader: LoaderName = setting(
         "auto",
         "data",
@@ -81,16 +113,47 @@ class TrainConfig:
     )
 
     model: str = setting("tiny", "model", "Preset of the two towers.", known=PRESETS)
+    force_image_size: int | None = setting(
+        None, "model", "Side of the input in pixels, in place of the preset's."
+    )
+    force_context_length: int | None = setting(
+        None, "model", "Most tokens of a caption, in place of the preset's."
+    )
     tokenizer: str | None = setting(
         None,
         "model",
-        "Folder of a published tokenizer; without it one is trained on the training captions.",
+        "Folder of a published tokenizer; without it the one of the pretrained text tower, else "
+        "one that is trained on the training captions.",
+    )
+    pretrained: str | None = setting(
+        None,
+        "model",
+        "Weights of both towers: a file or folder of transformers', open_clip's or timm's CLIP, a "
+        "run folder or checkpoint of medfast, or a name on the Hugging Face hub.",
+    )
+    pretrained_image: str | None = setting(
+        None, "model", "Weights of the image tower alone, such as an ImageNet ViT of timm's."
+    )
+    pretrained_text: str | None = setting(
+        None, "model", "Weights of the text tower alone, such as a BERT of transformers'."
+    )
+    lock_image: bool = setting(False, "model", "Do not train the image tower.")
+    lock_image_unlocked_groups: int = setting(
+        0, "model", "Last groups of layers of a locked image tower that are trained all the same."
+    )
+    lock_text: bool = setting(False, "model", "Do not train the text tower.")
+    lock_text_unlocked_layers: int = setting(
+        0, "model", "Last layers of a locked text tower that are trained all the same."
+    )
+    grad_checkpointing: bool = setting(
+        False, "model", "Compute activations again in the backward instead of keeping them."
     )
     precision: Precision = setting(
         "auto",
         "model",
-        "Number format of the towers; losses sum in fp32. auto: amp_bf16 where the hardware has "
-        "bf16 products, else fp32.",
+        "Number format of the towers; losses sum in fp32. amp_bf16 and amp (fp16, its loss scaled) "
+        "keep the weights in fp32, pure_bf16 has them in bf16. auto: amp_bf16 where the hardware "
+        "has bf16 products, else fp32.",
     )
 
     method: str = setting("local", "method", "Contrastive method.", known=METHODS)
@@ -105,16 +168,28 @@ class TrainConfig:
         "method",
         "Count images and captions of one study as positives of one another in the global loss.",
     )
+    loss_weights: tuple[str, ...] = setting(
+        (), "method", "Weights of loss terms in place of the published ones, as TERM=X."
+    )
 
     epochs: int = setting(12, "optimisation", "Passes over the training pairs.")
     lr: float = setting(1e-3, "optimisation", "Peak learning rate.")
-    wd: float = setting(0.1, "optimisation", "Weight decay of AdamW; none on vectors.")
-    beta1: float = setting(0.9, "optimisation", "First momentum of AdamW.")
-    beta2: float = setting(0.98, "optimisation", "Second momentum of AdamW.")
-    eps: float = setting(1e-6, "optimisation", "Epsilon of AdamW.")
+    optimizer: OptimizerName = setting(
+        "adamw", "optimisation", "LAMB is for large batches; apex_lamb is NVIDIA apex's, on a GPU."
+    )
+    wd: float = setting(0.1, "optimisation", "Weight decay; none on vectors.")
+    beta1: float = setting(0.9, "optimisation", "First momentum of the optimiser.")
+    beta2: float = setting(0.98, "optimisation", "Second momentum of the optimiser.")
+    eps: float = setting(1e-6, "optimisation", "Epsilon of the optimiser.")
     warmup: int = setting(50, "optimisation", "Steps of linear warm-up before the cosine.")
     grad_clip_norm: float | None = setting(
         1.0, "optimisation", "Largest norm of the whole gradient."
+    )
+    early_stop: int = setting(
+        0,
+        "optimisation",
+        "Epochs without a lower validation loss after which the run stops; the best epoch is what "
+        "it evaluates. 0: trains to the end.",
     )
     seed: int = setting(0, "optimisation", "Seed of weights, data order and augmentation.")
 
@@ -158,7 +233,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("train_data", "train_data_weights"):
+        for name in ("train_data", "train_data_weights", "loss_weights"):
             value = getattr(self, name)
             # A config file has a list, or a single word.
             if isinstance(value, list | str):
@@ -175,12 +250,15 @@ class TrainConfig:
             if known is not None and getattr(self, item.name) not in known:
                 raise UsageError(unknown_name(flag(item.name), getattr(self, item.name), known))
         for name in (
-            *("phantom_pairs", "epochs"),
+            *("phantom_pairs", "epochs", "accum_freq"),
             *("save_frequency", "keep_checkpoints", "log_every"),
         ):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("seed", 0 <= self.seed < 2**63, "0 or more and below 2**63")
-        for name in ("workers", "warmup", "wd", "save_steps"):
+        for name in (
+            *("workers", "warmup", "wd", "save_steps", "early_stop"),
+            *("lock_image_unlocked_groups", "lock_text_unlocked_layers"),
+        ):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("lr", "eps"):
             self._require(name, getattr(self, name) > 0, "above 0")
@@ -201,6 +279,38 @@ class TrainConfig:
             "a plain folder name: printable, no slash, no space at its ends, 200 letters at most",
         )
         self._check_sources()
+        self._check_model()
+
+    def _check_model(self) -> None:
+        for name, least in (("force_image_size", 1), ("force_context_length", 3)):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= least, f"at least {least}")
+        short = self.resize_short
+        self._require(
+            "resize_short",
+            short is None or short >= self.preset.image_size,
+            f"at least the model's image size, {self.preset.image_size}",
+        )
+        for whole, part in (("pretrained", "pretrained_image"), ("pretrained", "pretrained_text")):
+            if getattr(self, whole) is not None and getattr(self, part) is not None:
+                raise UsageError(
+                    f"{flag(part)} and {flag(whole)} are both given, and both hold that tower; "
+                    "leave one out."
+                )
+        for entry in self.loss_weights:
+            self._parsed_weight(entry)
+
+    def _parsed_weight(self, entry: str) -> tuple[str, float]:
+        term, _, text = entry.partition("=")
+        try:
+            weight = float(text)
+        except ValueError:
+            weight = math.nan
+        if not term or not 0 <= weight < math.inf:
+            raise UsageError(
+                f"--loss-weights must be TERM=X with X of 0 or more, as in clip=1; got {entry!r}."
+            )
+        return term, weight
 
     def _check_sources(self) -> None:
         self._require("train_data", bool(self.train_data), "at least one source")
@@ -233,6 +343,21 @@ class TrainConfig:
             self.csv_separator is None or len(self.csv_separator) == 1,
             "a single character",
         )
+
+    @property
+    def preset(self) -> Preset:
+        """Shape of the towers, with the sizes that were forced."""
+        own = PRESETS[self.model]
+        return replace(
+            own,
+            image_size=self.force_image_size or own.image_size,
+            context_length=self.force_context_length or own.context_length,
+        )
+
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """The weights of single loss terms that were asked for."""
+        return dict(self._parsed_weight(entry) for entry in self.loss_weights)
 
     @property
     def sources(self) -> list[tuple[str, str]]:

@@ -27,6 +27,8 @@ def pick_device(name: str) -> torch.device:
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
     """Return the context in which the towers run, for a value of --precision."""
+    if precision == "amp":
+        return torch.autocast(device.type, torch.float16)
     wanted = precision == "amp_bf16" or (precision == "auto" and has_bf16(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 

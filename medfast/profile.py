@@ -62,13 +62,12 @@ def profile(config: TrainConfig, steps: int) -> str:
         UsageError: something that the user can mend.
     """
     from medfast.device import pick_device
-    from medfast.methods import method_class
-    from medfast.train import data_sources
+    from medfast.parts import data_sources, new_method
 
     device = pick_device(config.device)
     impls: tuple[Impl, Impl] = (config.fused_loss, "reference")
     for impl in impls:
-        method_class(config.method)(impl, config.group_positives).check_impl(device)
+        new_method(dataclasses.replace(config, fused_loss=impl), device)
     data_sources(config)  # writes the phantom, if need be, before any clock runs
     fused, reference = (
         _in_fresh_process(dataclasses.replace(config, fused_loss=impl), steps) for impl in impls
@@ -99,21 +98,20 @@ def measure(config: TrainConfig, steps: int) -> Measurement:
 
     with tempfile.TemporaryDirectory() as logs:
         trainer = _trainer(dataclasses.replace(config, logs=logs, name="profile"))
-        device, batches = trainer.device, _batches(trainer)
+        device, batches = trainer.device, _steps(trainer)
         before = forget_peak_memory(device)
         for _ in range(WARM_UP):
-            trainer.train_step(next(batches).to(device))
+            trainer.train_step(next(batches))
         seconds, pairs = [], 0
         _synchronize(device)
         started = time.perf_counter()
         for _ in range(steps):
-            batch = next(batches).to(device)
-            _synchronize(device)
+            step = next(batches)
             there = time.perf_counter()
-            trainer.train_step(batch)
+            trainer.train_step(step)
             _synchronize(device)
             seconds.append(time.perf_counter() - there)
-            pairs += len(batch)
+            pairs += sum(map(len, step))
         elapsed = time.perf_counter() - started
         memory = peak_memory(device) - before
     return Measurement(statistics.median(seconds), pairs / elapsed, memory / 1e6)
@@ -134,27 +132,27 @@ def _trainer(config: TrainConfig) -> Trainer:
     """Return the trainer that `medfast train` would make for these settings."""
     from medfast.data.skipped import SkippedSamples
     from medfast.device import pick_device
-    from medfast.methods import method_class
-    from medfast.run_folder import RunFolder
-    from medfast.train import (
+    from medfast.parts import (
         data_sources,
         load_tokenizer,
+        new_method,
         new_model,
         read_pairs,
         training_loader,
     )
+    from medfast.run_folder import RunFolder
     from medfast.trainer import Trainer
 
     device = pick_device(config.device)
-    method = method_class(config.method)(config.fused_loss, config.group_positives)
+    method = new_method(config, device)
     run = RunFolder.create(config)
     pairs = read_pairs(config, data_sources(config), "train")
-    tokenizer = load_tokenizer(config, pairs.records, run)
+    tokenizer = load_tokenizer(config, method, pairs.records, run)
     return Trainer(
         config=config,
         model=new_model(config, method, tokenizer, device).train(),
         method=method,
-        loader=training_loader(config, pairs, tokenizer, device),
+        loader=training_loader(config, pairs, tokenizer, method, device),
         run=run,
         skipped=SkippedSamples(run.skipped, len(pairs.records), config.max_bad_samples),
         device=device,
@@ -162,21 +160,20 @@ def _trainer(config: TrainConfig) -> Trainer:
     )
 
 
-def _batches(trainer: Trainer) -> Iterator[Batch]:
-    """Yield batches with something to contrast, epoch after epoch.
+def _steps(trainer: Trainer) -> Iterator[list[Batch]]:
+    """Yield the batches of steps with something to contrast, epoch after epoch.
 
     Raises:
         UsageError: an epoch has none.
     """
-    epoch, usable = 0, True
+    usable = True
     while usable:
         usable = False
-        for batch in trainer.loader.epoch(epoch):
-            trainer.skipped.add(batch.skipped)
-            if len(batch) >= 2:
+        for step in trainer.steps():
+            if sum(map(len, step)) >= 2:
                 usable = True
-                yield batch
-        epoch += 1
+                yield step
+        trainer.epoch, trainer.batch = trainer.epoch + 1, 0
     raise UsageError("no batch holds two usable training pairs, so there is nothing to time.")
 
 

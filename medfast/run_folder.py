@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
-import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from medfast import json_lines
 from medfast.config import TrainConfig
 from medfast.errors import UsageError
 
@@ -84,7 +83,8 @@ class RunFolder:
     def logged(self) -> Iterator[None]:
         """Within the context, everything that medfast logs also goes to `out.log`."""
         logger = logging.getLogger("medfast")
-        handler = logging.FileHandler(self.log, encoding="utf-8")
+        # Paths need not be UTF-8.
+        handler = logging.FileHandler(self.log, encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
         try:
@@ -108,43 +108,24 @@ class RunFolder:
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one row to `metrics.jsonl`."""
-        _append(self.metrics, [row])
+        json_lines.append(self.metrics, [row])
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the rows of `metrics.jsonl`."""
-        if not self.metrics.exists():
-            return []
-        with self.metrics.open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.strip()]
+        return json_lines.read(self.metrics)
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the rows of steps after `step`, from which a run goes on."""
+        json_lines.mend(self.metrics)
         rows = self.read_metrics()
         kept = [row for row in rows if row["step"] <= step]
         if len(kept) < len(rows):
             part = self.metrics.with_suffix(".part")
             part.unlink(missing_ok=True)
-            _append(part, kept)
+            json_lines.append(part, kept)
             part.replace(self.metrics)
 
     def write_results(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write `results.jsonl` anew."""
         self.results.unlink(missing_ok=True)
-        _append(self.results, rows)
-
-
-def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON does not have, by null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return value
+        json_lines.append(self.results, rows)

@@ -5,28 +5,23 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
-import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from medfast import __version__, cli
+from medfast import __version__, cli, parts
 from medfast.config import TrainConfig, resumed
-from medfast.data import SPLITS, parse_source
+from medfast.data import SPLITS
 from medfast.errors import UsageError
-from medfast.models import PRESETS
 
 if TYPE_CHECKING:
     import torch
 
     from medfast.data.loader import Loader
-    from medfast.data.mixture import Mixture
     from medfast.data.records import Record
-    from medfast.data.tokens import Tokenizer
     from medfast.evals.encode import Embeddings, Encoder
     from medfast.methods.base import Method
-    from medfast.models.pair import ImageTextModel
     from medfast.run_folder import RunFolder
 
 T = TypeVar("T")
@@ -80,7 +75,7 @@ def train(config: TrainConfig, given: Collection[str] = ()) -> Path | None:
     """
     from medfast import checkpoint
     from medfast.device import pick_device
-    from medfast.methods import method_class
+    from medfast.dry_run import describe
     from medfast.run_folder import RunFolder
 
     state = None
@@ -90,8 +85,7 @@ def train(config: TrainConfig, given: Collection[str] = ()) -> Path | None:
         config = resumed(config, given, state["config"])
         run = RunFolder(path.parent.parent)
     device = pick_device(config.device)
-    method = method_class(config.method)(config.fused_loss, config.group_positives)
-    method.check_impl(device)
+    method = parts.new_method(config, device)
     if state is None:
         name = config.name or time.strftime(f"{config.method}-{config.model}-%Y%m%d-%H%M%S")
         config = dataclasses.replace(config, name=name)
@@ -136,18 +130,24 @@ def fit_and_evaluate(
     from medfast.evals.retrieval import retrieval
     from medfast.trainer import Trainer
 
-    preset = PRESETS[config.model]
-    sources = data_sources(config)
-    splits = {split: read_pairs(config, sources, split) for split in SPLITS}
+    sources = parts.data_sources(config)
+    splits = {split: parts.read_pairs(config, sources, split) for split in SPLITS}
     sizes = ", ".join(f"{len(found.records)} {split}" for split, found in splits.items())
     places = ", ".join(str(root) for _, root in sources)
     log.info("%s: %s pairs in %s", config.dataset, sizes, places)
     records, test = splits["train"].records, splits["test"].records
-    if splits["train"].excluded:
-        log.info("%d training pairs are on exclusion lists and left out", splits["train"].excluded)
+    if excluded := sum(splits["train"].excluded):
+        log.info("%d training pairs are on exclusion lists and left out", excluded)
+    data = splits["train"].fingerprint()
+    if state is not None and state["data"] != data:
+        raise UsageError(
+            f"--resume: the run was begun with {state['data']['pairs']} training pairs and finds "
+            f"{data['pairs']} in {places} now, not the same ones. Give back the tables, files and "
+            "exclusion lists that it had, or start a new run."
+        )
     if len(records) < 2:
         raise UsageError(f"{places} holds a single training pair; contrast needs at least 2.")
-    tokenizer = load_tokenizer(config, records, run)
+    tokenizer = parts.load_tokenizer(config, method, records, run)
     total = sum(len(found.records) + len(found.skipped) for found in splits.values())
     skipped = SkippedSamples(run.skipped, total, config.max_bad_samples)
     for found in splits.values():
@@ -156,24 +156,30 @@ def fit_and_evaluate(
     config = dataclasses.replace(config, loader=pick_loader(config.loader, records))
     log.info("the %s loader decodes the images", config.loader)
 
-    model = new_model(config, method, tokenizer, device)
+    model = parts.new_model(config, method, tokenizer, device, load_weights=state is None)
     encoder = Encoder(model, tokenizer, device, config.precision, method.late_interaction)
 
     def held_out(records: Sequence[Record]) -> Loader:
-        size, seed, workers = preset.image_size, config.seed, config.workers
+        size, seed, workers = config.preset.image_size, config.seed, config.workers
         arguments = (records, tokenizer, size, EVAL_BATCH_SIZE, None, seed, workers)
         return make_loader(config.loader, device, *arguments)
 
     validation = held_out(some(splits["validation"].records, VALIDATION_PAIRS, config.seed))
+
+    def validate() -> dict[str, Any]:
+        found = encoder.pairs(validation, skipped)
+        return {**retrieval(found), "loss": found.loss(model.logit_scale.exp().item())}
+
     trainer = Trainer(
         config=config,
         model=model,
         method=method,
-        loader=training_loader(config, splits["train"], tokenizer, device),
+        loader=parts.training_loader(config, splits["train"], tokenizer, method, device),
         run=run,
         skipped=skipped,
         device=device,
-        validate=lambda: retrieval(encoder.pairs(validation, skipped)),
+        validate=validate,
+        data=data,
     )
     if state is not None:
         trainer.restore(state)
@@ -184,7 +190,7 @@ def fit_and_evaluate(
     log.info(
         "%s on %s: %.1f M parameters, %d epochs of %d steps of %d pairs",
         *(config.method, config.model, sum(p.numel() for p in model.parameters()) / 1e6),
-        *(config.epochs, len(trainer.loader), config.batch_size),
+        *(config.epochs, trainer.steps_per_epoch, config.batch_size * config.accum_freq),
     )
     trainer.fit()
 
@@ -223,106 +229,6 @@ def evaluate(
     return rows
 
 
-def data_sources(config: TrainConfig) -> list[tuple[str, Path]]:
-    """Return key and folder of each of the run's sources; the phantom is written on first use."""
-    return [
-        ("phantom", phantom_root(config)) if text == "phantom" else parse_source(text)
-        for text in config.train_data
-    ]
-
-
-def phantom_root(config: TrainConfig) -> Path:
-    """Return the folder of the phantom data, which is written there on first use."""
-    from tqdm import tqdm
-
-    from medfast.data.phantom import cached_phantom
-
-    with tqdm(desc="phantom", unit="image", disable=not sys.stderr.isatty()) as bar:
-
-        def progress(done: int, total: int) -> None:
-            if bar.total is None:
-                log.info("writing %d phantom images, once", total)
-            bar.total = total
-            bar.update(done - bar.n)
-
-        cache = Path(config.cache_dir).expanduser()
-        return cached_phantom(cache, pairs=config.phantom_pairs, progress=progress)
-
-
-def read_pairs(config: TrainConfig, sources: Sequence[tuple[str, Path]], split: str) -> Mixture:
-    """Return one split of the run's sources; of the training split what no list excludes."""
-    from medfast.data.mixture import read_mixture
-    from medfast.data.table import Columns
-
-    columns = Columns(config.csv_img_key, config.csv_caption_key, config.csv_separator)
-    left_out = exclusions(config, sources) if split == "train" else ()
-    return read_mixture(sources, split, left_out, {"csv": {"columns": columns}})
-
-
-def exclusions(config: TrainConfig, sources: Sequence[tuple[str, Path]]) -> set[tuple[str, str]]:
-    """Return source and key of the pairs to leave out: of --exclude, else of the sources' lists."""
-    from medfast.data.exclude import exclusion_file, read_exclusions
-
-    if config.exclude == "none":
-        return set()
-    own = [exclusion_file(root) for _, root in sources]
-    files = [path for path in own if path.is_file()]
-    if config.exclude is not None:
-        files = [Path(config.exclude).expanduser()]
-    return {pair for path in files for pair in read_exclusions(path)}
-
-
-def training_loader(
-    config: TrainConfig, mixture: Mixture, tokenizer: Tokenizer, device: torch.device
-) -> Loader:
-    """Return the loader of a training split; `config.loader` names its kind."""
-    from medfast.data.order import Order
-    from medfast.data.pipelines import make_loader, pick_loader
-
-    preset = PRESETS[config.model]
-    order = Order(
-        mixture.sizes, config.batch_size, config.seed, weights=config.train_data_weights or None
-    )
-    return make_loader(
-        pick_loader(config.loader, mixture.records),
-        *(device, mixture.records, tokenizer, preset.image_size, config.batch_size),
-        *(preset.crop, config.seed, config.workers),
-        order=order,
-    )
-
-
-def load_tokenizer(config: TrainConfig, records: Sequence[Record], run: RunFolder) -> Tokenizer:
-    """Return the run's tokenizer: the one it has, the one asked for, or a new one; keep it."""
-    from medfast.data.tokens import Tokenizer
-
-    preset = PRESETS[config.model]
-    length = preset.context_length
-    if run.tokenizer.is_dir():
-        return Tokenizer.load(run.tokenizer, length)
-    if config.tokenizer is not None:
-        tokenizer = Tokenizer.load(Path(config.tokenizer).expanduser(), length)
-    else:
-        captions = (record.caption for record in records if record.caption)
-        tokenizer = Tokenizer.train(captions, preset.vocab_size, length)
-    tokenizer.save(run.tokenizer)
-    return tokenizer
-
-
-def new_model(
-    config: TrainConfig, method: Method, tokenizer: Tokenizer, device: torch.device
-) -> ImageTextModel:
-    """Return the untrained model of a run on `device`, and move its method there."""
-    import torch
-
-    from medfast.models.pair import build_model
-
-    torch.manual_seed(config.seed)
-    model = build_model(PRESETS[config.model], tokenizer, method.needs_tokens).to(device)
-    model.to(memory_format=torch.channels_last)
-    method.to(device)
-    return model
-
-
 def some(items: Sequence[T], count: int, seed: int) -> list[T]:
     """Return at most `count` of `items`, drawn by `seed`."""
     return random.Random(seed).sample(items, min(count, len(items)))
@@ -350,7 +256,7 @@ def write_run_report(
     shown = some(range(len(found)), CONTACT_EXAMPLES, config.seed) if records else []
     pairs = [(records[int(embeddings.index[row])], found[row]) for row in shown]
     attended = [record for record, _ in pairs[:ATTENTION_EXAMPLES]]
-    size = PRESETS[config.model].image_size
+    size = config.preset.image_size
     notes = [PHANTOM_NOTE] if "phantom" in config.train_data else []
     notes += [] if records else [CREDENTIALED_NOTE]
     write_report(
@@ -365,38 +271,6 @@ def write_run_report(
         attention_note=method.maps_note,
         note=" ".join(notes),
     )
-
-
-def describe(config: TrainConfig, method: Method) -> str:
-    """Return what --dry-run prints: data, model, loss terms and settings."""
-    from medfast.data.tokens import Tokenizer
-    from medfast.models.pair import ImageTextModel
-
-    preset = PRESETS[config.model]
-    if config.tokenizer is not None:
-        Tokenizer.load(Path(config.tokenizer).expanduser(), preset.context_length)
-    model = ImageTextModel(preset, preset.vocab_size, {}, method.needs_tokens)
-    millions = {
-        name: sum(p.numel() for p in part.parameters()) / 1e6
-        for name, part in (("image", model.image_tower), ("text", model.text_tower), ("all", model))
-    }
-    terms = " + ".join(f"{weight:g} {name}" for name, weight in method.weights.items())
-    lines = [
-        f"method    {config.method}: loss = {terms}, implementation {config.fused_loss}",
-        f"model     {config.model}: {preset.image} at {preset.image_size} px, "
-        f"{preset.text['model_type']}, D {preset.embed_dim}",
-        f"parameters {millions['all']:.1f} M (image tower {millions['image']:.1f} M, text tower "
-        f"{millions['text']:.1f} M at {preset.vocab_size} tokens)",
-    ]
-    if config.train_data == ("phantom",):
-        pairs = config.phantom_pairs - 2 * round(config.phantom_pairs / 10)
-    else:
-        pairs = len(read_pairs(config, data_sources(config), "train").records)
-    steps = max(1, pairs // config.batch_size)
-    lines.append(f"data      {' '.join(config.train_data)}: {pairs} training pairs")
-    lines.append(f"training  {config.epochs} epochs of {steps} steps of {config.batch_size} pairs")
-    lines += [f"  {k}: {v}" for k, v in dataclasses.asdict(config).items()]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

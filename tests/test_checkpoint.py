@@ -72,8 +72,8 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 def test_another_projects_checkpoint_is_refused(tmp_path):
     others = {key: STATE[key] for key in checkpoint.KEYS - {"optimizer", "rng"}}
     for state, lacks in (
-        ({"model": {}}, "batch, config, epoch"),
-        ([1], "batch, config"),
+        ({"model": {}}, "batch, config, data, epoch"),
+        ([1], "batch, config, data"),
         (others, "optimizer, rng"),
     ):
         torch.save(state, tmp_path / "epoch_1.pt")
@@ -98,3 +98,9 @@ def test_latest_is_the_named_run_or_the_newest(tmp_path):
 def test_latest_of_nothing_is_refused(tmp_path, name):
     with pytest.raises(UsageError, match="has no checkpoint; start without --resume"):
         checkpoint.find("latest", tmp_path, name)
+
+
+def test_a_checkpoint_that_does_not_know_its_data_is_refused(tmp_path):
+    torch.save({key: STATE[key] for key in checkpoint.KEYS - {"data"}}, tmp_path / "epoch_1.pt")
+    with pytest.raises(UsageError, match="it lacks data"):
+        checkpoint.load(tmp_path / "epoch_1.pt")

@@ -7,8 +7,8 @@ from medfast.errors import UsageError
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ({"method": "loacl"}, "'local'.*Known: clip, filip, local, sparc"),
-        ({"model": "tinny"}, "'tiny'.*Known: tiny, vit_b16_clip"),
+        ({"method": "loacl"}, "'local'.*Known: clip, cyclip, declip, filip, lit, local, slip"),
+        ({"model": "tinny"}, "'tiny'.*Known: tiny, vit_b16, vit_b16_bert, vit_b16_clip"),
         ({"precision": "fp23"}, "'fp32'"),
         ({"train_data": "rocco:/x"}, "'roco'"),
         ({"train_data": "roco"}, "roco:FOLDER"),
@@ -42,6 +42,19 @@ from medfast.errors import UsageError
         ({"save_steps": -1}, "--save-steps must be 0 or more"),
         ({"name": "../x"}, "--name must be a plain folder name"),
         ({"grad_clip_norm": -1.0}, "--grad-clip-norm must be above 0"),
+        ({"accum_freq": 0}, "--accum-freq must be at least 1"),
+        ({"early_stop": -1}, "--early-stop must be 0 or more"),
+        ({"force_image_size": 0}, "--force-image-size must be at least 1"),
+        ({"force_context_length": 2}, "--force-context-length must be at least 3"),
+        ({"resize_short": 64}, "--resize-short must be at least the model's image size, 96"),
+        ({"optimizer": "adam"}, "'adamw'"),
+        ({"loss_weights": ("clip",)}, "--loss-weights must be TERM=X"),
+        ({"loss_weights": ("clip=-1",)}, "--loss-weights must be TERM=X .* got 'clip=-1'"),
+        ({"loss_weights": ("clip=nan",)}, "--loss-weights must be TERM=X"),
+        (
+            {"pretrained": "a", "pretrained_text": "b"},
+            "--pretrained-text and --pretrained are both given",
+        ),
     ],
 )
 def test_a_wrong_setting_is_refused_by_its_flag(setting, says):
@@ -82,3 +95,16 @@ def test_a_config_file_may_name_sources_as_a_word_or_a_list():
     assert config.sources == [("roco", "/a"), ("pmc_oa", "/b")]
     assert config.dataset == "roco+pmc_oa"
     assert config.train_data_weights == (1, 2.5)
+
+
+def test_sizes_that_are_forced_replace_the_presets():
+    assert (TrainConfig().preset.image_size, TrainConfig().preset.context_length) == (96, 48)
+    preset = TrainConfig(force_image_size=64, force_context_length=20).preset
+    assert (preset.image_size, preset.context_length) == (64, 20)
+
+
+def test_weights_of_terms_are_read_by_name():
+    assert TrainConfig(loss_weights=["clip=0.5", "local=2"]).term_weights == {
+        "clip": 0.5,
+        "local": 2,
+    }

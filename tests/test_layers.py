@@ -14,13 +14,14 @@ ROOT = Path(medfast.__file__).parent
 ALLOWED = {
     "ops": {"ops", "_C"},
     "losses": {"ops", "distributed"},
-    "distributed": {"ops"},
-    "data": {"data", "cli"},  # cli: for data's own command
+    "distributed": {"distributed", "ops"},
+    "data": {"data", "cli", "json_lines"},  # cli: for data's own command
     "models": {"models", "data"},
     "methods": {"methods", "models", "data", "ops", "losses"},
     "evals": {"evals", "models", "data", "ops", "device", "report", "__version__"},
     "report": {"report"},
     "device": set(),
+    "json_lines": set(),
     "checkpoint": set(),
 }
 

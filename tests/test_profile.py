@@ -33,7 +33,7 @@ def test_a_profile_shows_both_losses_and_leaves_nothing(phantom, tmp_path, monke
 def test_the_measurement_counts_steps_after_the_warm_up(phantom, monkeypatch):
     sizes = []
     monkeypatch.setattr(
-        "medfast.trainer.Trainer.train_step", lambda self, batch: sizes.append(len(batch))
+        "medfast.trainer.Trainer.train_step", lambda self, step: sizes.append(sum(map(len, step)))
     )
     config = TrainConfig(train_data=f"roco:{phantom}", batch_size=40, workers=0)
     found = profile.measure(config, 4)

@@ -241,6 +241,38 @@ def test_resume_refuses_another_learning_rate(short_run, refusal):
     assert "--lr is 0.001 in this run and 0.5 now" in said
 
 
+@pytest.mark.parametrize("change", ["fewer", "others", "moved"])
+def test_resume_goes_on_with_the_same_pairs_alone(own_phantom, tmp_path, refusal, change):
+    train.main(_argv(own_phantom, tmp_path, "--epochs", "1"))
+    captions = own_phantom / "train" / "radiology" / "captions.txt"
+    rows = captions.read_text(encoding="utf-8").splitlines(keepends=True)
+    if change == "moved":
+        moved = own_phantom.rename(tmp_path / "moved")
+        # An image that is gone is no other pair.
+        next((moved / "train" / "radiology" / "images").iterdir()).unlink()
+        argv = ["--train-data", f"roco:{moved}", "--max-bad-samples", "0.1"]
+        train.main(["--resume", "latest", "--logs", str(tmp_path), *argv])
+        return
+    kept = rows[4:] if change == "fewer" else [rows[1], rows[0], *rows[2:]]
+    captions.write_text("".join(kept), encoding="utf-8")
+    said = refusal(["--resume", "latest", "--logs", str(tmp_path)])
+    assert f"begun with 96 training pairs and finds {len(kept)}" in said
+
+
+def test_a_run_that_was_stopped_within_a_line_goes_on(own_phantom, tmp_path):
+    _damage(own_phantom, 2)
+    train.main(_argv(own_phantom, tmp_path, "--max-bad-samples", "0.05"))
+    run = tmp_path / "a"
+    rows = _jsonl(run / "metrics.jsonl")
+    for path in (run / "metrics.jsonl", run / "skipped.jsonl"):
+        with path.open("a") as file:
+            file.write('{"key": "a", "pa')
+    (run / "checkpoints" / "epoch_2.pt").unlink()
+    train.main(["--resume", "latest", "--logs", str(tmp_path)])
+    assert [row["step"] for row in _jsonl(run / "metrics.jsonl")] == [row["step"] for row in rows]
+    assert len(_jsonl(run / "skipped.jsonl")) == 2
+
+
 def test_resume_from_nothing_is_refused(tmp_path, refusal):
     said = refusal(["--resume", "latest", "--name", "x", "--logs", str(tmp_path)])
     assert "has no checkpoint" in said
@@ -476,6 +508,41 @@ def test_pairs_on_an_exclusion_list_are_not_trained_on(own_phantom, tmp_path, ca
             [*_argv(own_phantom, tmp_path), "--exclude", exclude, "--name", "b", "--dry-run"]
         )
         assert f": {pairs} training pairs" in capsys.readouterr().out
+
+
+def test_a_list_that_leaves_out_nothing_is_said(phantom, tmp_path, capsys, caplog):
+    path = tmp_path / "mine.jsonl"
+    argv = [*_argv(phantom, tmp_path), "--dry-run", "--exclude", str(path)]
+    own = read_split("roco", phantom, "train").records[0].key
+    for source, key, left_out in (("csv", own, 0), ("roco", "x", 0), ("phantom", own, 1)):
+        path.write_text(json.dumps({"source": source, "key": key}) + "\n")
+        caplog.clear()
+        train.main(argv)
+        assert f": {96 - left_out} training pairs" in capsys.readouterr().out
+        says = f"the exclusion list {path} leaves out no training pair of this run"
+        assert (says in caplog.text) == (not left_out)
+
+
+def test_one_set_under_two_names_is_refused(phantom, tmp_path, refusal):
+    (tmp_path / "link").symlink_to(phantom)
+    argv = _argv(phantom, tmp_path)
+    argv[1:2] = [f"roco:{phantom}", f"roco:{tmp_path / 'link'}"]
+    assert "--train-data must be sources that differ" in refusal(argv)
+
+
+def test_names_that_are_no_utf8_are_listed(phantom, tmp_path):
+    names = [os.fsdecode(b"\xe9%d" % i) for i in range(40)]
+    image = read_split("roco", phantom, "train").records[0].image
+    for split in ("train", "validation", "test"):
+        (tmp_path / "set" / split).mkdir(parents=True)
+        for i, name in enumerate(names):
+            (tmp_path / "set" / split / f"{name}.txt").write_text(f"caption {i}")
+            shutil.copy(image, tmp_path / "set" / split / f"{name}.jpg")
+    (tmp_path / "set" / "train" / f"{names[0]}.jpg").write_bytes(b"")
+    argv = ["--train-data", f"folder:{tmp_path / 'set'}", *SHORT, "--max-bad-samples", "0.1"]
+    train.main([*argv, "--logs", str(tmp_path), "--name", "a"])
+    (row,) = _jsonl(tmp_path / "a" / "skipped.jsonl")
+    assert row["key"] == f"train/{names[0]}.jpg"
 
 
 def test_excluding_everything_is_refused(own_phantom, tmp_path, refusal):

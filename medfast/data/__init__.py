@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,7 @@ def parse_source(text: str) -> tuple[str, Path]:
         UsageError: the key is not known, or there is no folder.
     """
     key, _, folder = text.partition(":")
-    if key not in SOURCES and ("/" in key or Path(key).exists()):
+    if key not in SOURCES and ("/" in key or os.path.exists(key)):
         raise UsageError(
             f"a data source must be NAME:FOLDER; got {text}. Say which data set the folder holds, "
             f"such as roco:{text}."
@@ -58,6 +59,22 @@ def parse_source(text: str) -> tuple[str, Path]:
     if not folder:
         raise UsageError(f"the data source {key} needs a folder: {key}:FOLDER.")
     return key, Path(folder).expanduser()
+
+
+def identity(source: str, root: Path) -> tuple[str, str]:
+    """Return what tells a data set from every other: who reads it, and where it really lies.
+
+    A phantom that is read as ROCO is the same set.
+    """
+    return SOURCES[source], os.path.realpath(root)
+
+
+def distinct(sources: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """Return sources without those that are an earlier one under another name or path."""
+    found: dict[tuple[str, str], tuple[str, Path]] = {}
+    for source, root in sources:
+        found.setdefault(identity(source, root), (source, root))
+    return list(found.values())
 
 
 def read_split(
@@ -72,16 +89,24 @@ def read_split(
         options: What the `read` of some sources takes beyond folder and split, by their keys.
 
     Raises:
-        UsageError: the folder, a file or a column is missing, or the split holds no pair.
+        UsageError: the folder, a file or a column is missing or cannot be read, or the split holds
+            no pair.
     """
     from medfast.data.records import Record
 
     module = importlib.import_module(SOURCES[source])
     records: list[Record] = []
     skipped: list[Skipped] = []
-    for item in module.read(root, split, **(options or {}).get(source, {})):
-        if isinstance(item, Record):
-            records.append(item)
-        else:
-            skipped.append(item)
+    try:
+        for item in module.read(root, split, **(options or {}).get(source, {})):
+            if isinstance(item, Record):
+                records.append(item)
+            else:
+                skipped.append(item)
+    # Of all that a reader opens, lists or looks for: what it may not, or what has no such name.
+    except OSError as error:
+        raise UsageError(
+            f"{source}: {error.filename or root} cannot be read ({error.strerror or error}); check "
+            "the name and the permissions."
+        ) from None
     return Split(records, skipped)

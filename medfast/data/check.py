@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medfast.data import SPLITS, read_split
+from medfast.data import SPLITS, distinct, identity, read_split
 from medfast.data.check_report import as_markdown, contact_sheet, histograms
 from medfast.data.decode import ImageError, decode
-from medfast.data.exclude import exclusion_file, read_rows, write_exclusions
+from medfast.data.exclude import exclusion_file, read_rows, reader_of, write_exclusions
 from medfast.data.processes import each
 from medfast.data.records import Record
 from medfast.data.shards import is_credentialed
 from medfast.data.skipped import Skipped
+from medfast.data.sources import AbsentError
 from medfast.errors import UsageError
 
 WORD_BINS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500)
@@ -63,6 +65,10 @@ class _Part:
     def name(self) -> str:
         return f"{self.source}:{self.root}"
 
+    @property
+    def identity(self) -> tuple[str, str]:
+        return identity(self.source, self.root)
+
 
 class _Pair(NamedTuple):
     """One pair of a part."""
@@ -89,8 +95,9 @@ def check(
     with the beginnings of their captions), `skipped.jsonl` (what cannot be used) and
     `exclude.jsonl`: every training pair whose patient (article, video), study or exact pixels are
     also in a validation or test split. The part of that list that concerns a source is copied into
-    its folder as `medfast-exclude.jsonl`, where training finds it; what an earlier check against
-    other sets has put there is kept. Images that only look alike are reported and not excluded.
+    its folder as `medfast-exclude.jsonl`, where training finds it; what an earlier check has found
+    there against splits that are not read now is kept. Images that only look alike are reported and
+    not excluded.
 
     Memory: the records, and about 300 bytes per pair.
 
@@ -109,40 +116,56 @@ def check(
         What `report.json` holds.
 
     Raises:
-        UsageError: a set has no split that can be read, or `out` cannot be written.
+        UsageError: a set has no split or one that cannot be read, no pair of all can be used, or
+            `out` cannot be written.
     """
-    try:
+    with _writing(out):
         out.mkdir(parents=True, exist_ok=True)
         (out / "report.md").write_text("The check has not finished.\n", encoding="utf-8")
-        parts, notes = _read(sources, against, options)
-        _measure_all(parts, workers, progress)
-        pairs = [
-            _Pair(part, record, measured)
-            for part in parts
-            for record, measured in zip(part.records, part.measured, strict=True)
-        ]
-        rows = _overlaps(pairs)
-        report: dict[str, Any] = {
-            "splits": [_describe(part) for part in parts],
-            "duplicates": _duplicates(pairs),
-            "near_identical": _near_identical(pairs),
-            "overlap": dict(Counter(row["reason"] for row in rows)),
-            "excluded": len(rows),
-            "notes": notes,
-        }
+    parts, notes = _read(sources, against, options)
+    _measure_all(parts, workers, progress)
+    pairs = [
+        _Pair(part, record, measured)
+        for part in parts
+        for record, measured in zip(part.records, part.measured, strict=True)
+    ]
+    rows = _overlaps(pairs)
+    report: dict[str, Any] = {
+        "splits": [_describe(part) for part in parts],
+        "duplicates": _duplicates(pairs),
+        "near_identical": _near_identical(pairs),
+        "overlap": dict(Counter(row["reason"] for row in rows)),
+        "excluded": len(rows),
+        "notes": notes,
+    }
+    with _writing(out):
         write_exclusions(out / "exclude.jsonl", rows)
-        report["exclusion_lists"] = _copy_exclusions(sources, against, rows, out, notes)
+        report["exclusion_lists"] = _copy_exclusions(parts, rows, out, notes)
         _write_skipped(out / "skipped.jsonl", parts)
         _draw(out, parts, show_images, seed, notes)
         report["verdict"] = _verdict(report)
         (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         (out / "report.md").write_text(as_markdown(report), encoding="utf-8", errors="replace")
+    if not any(isinstance(pair.measured, _Measured) and pair.record.caption for pair in pairs):
+        bad = (s for p in parts for s in (*p.measured, *p.rows) if isinstance(s, Skipped))
+        first = next(bad, None)
+        why = f", as {first.path} ({first.reason})" if first else ""
+        raise UsageError(
+            f"check: no pair can be used{why}; {out / 'skipped.jsonl'} lists them all. Are the "
+            "images where the captions say?"
+        )
+    return report
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UsageError(
             f"check: --out {out} cannot be written: {error.strerror or error}. Free the disk or "
             "name another folder."
         ) from None
-    return report
 
 
 def _read(
@@ -154,15 +177,17 @@ def _read(
     parts: list[_Part] = []
     notes: list[str] = []
     wanted: list[tuple[tuple[str, Path], tuple[str, ...], bool]]
-    wanted = [(source, SPLITS, False) for source in dict.fromkeys(sources)]
+    trained = distinct(sources)
     held_out = tuple(split for split in SPLITS if split != "train")
-    wanted += [(s, held_out, True) for s in dict.fromkeys(against) if s not in sources]
+    wanted = [(source, SPLITS, False) for source in trained]
+    more = distinct([*trained, *against])[len(trained) :]
+    wanted += [(source, held_out, True) for source in more]
     for (source, root), splits, is_against in wanted:
         errors = []
         for split in splits:
             try:
                 found = read_split(source, root, split, options)
-            except UsageError as error:
+            except AbsentError as error:
                 errors.append(error)
                 continue
             parts.append(_Part(source, root, split, is_against, list(found.records), found.skipped))
@@ -192,6 +217,8 @@ def _measure_chunk(records: Sequence[Record]) -> list[_Measured | Skipped]:
 def _measure(record: Record) -> _Measured | Skipped:
     try:
         data = record.read()
+        if record.sha256 not in (None, hashlib.sha256(data).hexdigest()):
+            raise ImageError("its bytes are not those that were packed")
         image = decode(data)
     except FileNotFoundError:
         return Skipped(record.key, record.place, "missing")
@@ -351,10 +378,12 @@ def _overlaps(pairs: Iterable[_Pair]) -> list[dict[str, Any]]:
                 rows.append(
                     {
                         "source": pair.part.source,
+                        "root": pair.part.identity[1],
                         "key": pair.record.key,
                         "reason": reason,
                         "overlaps_with": {
                             "source": other.part.source,
+                            "root": other.part.identity[1],
                             "split": other.part.split,
                             "key": other.record.key,
                         },
@@ -377,24 +406,20 @@ def _traits(pair: _Pair) -> Iterator[tuple[str, tuple[object, ...]]]:
 
 
 def _copy_exclusions(
-    sources: Sequence[tuple[str, Path]],
-    against: Sequence[tuple[str, Path]],
-    rows: Sequence[dict[str, Any]],
-    out: Path,
-    notes: list[str],
+    parts: Sequence[_Part], rows: Sequence[dict[str, Any]], out: Path, notes: list[str]
 ) -> list[str]:
     """Write each source's part of the exclusion list into its folder; return the files."""
-    checked = {source for source, _ in (*sources, *against)}
+    checked = {(*part.identity, part.split) for part in parts}
+    # Two readers of one folder have one list.
+    files = {exclusion_file(part.root): part.root for part in parts if not part.against}
     written = []
-    for source, root in dict.fromkeys(sources):
-        own = {row["key"]: row for row in rows if row["source"] == source}
-        path = exclusion_file(root)
+    for path, root in files.items():
+        lies = os.path.realpath(root)
+        own = {(row["source"], row["key"]): row for row in rows if row["root"] == lies}
         try:
-            for row in read_rows(path) if path.exists() else []:
-                other = row.get("overlaps_with")
-                # What was found against a set that is not looked at now still holds.
-                if isinstance(other, dict) and other.get("source") not in checked:
-                    own.setdefault(row["key"], row)
+            for row in read_rows(path) if os.path.isfile(path) else []:
+                if not _was_checked(row, lies, checked):
+                    own.setdefault((row["source"], row["key"]), row)
         except UsageError as error:
             notes.append(f"Replaced a damaged list: {error}")
         try:
@@ -411,6 +436,26 @@ def _copy_exclusions(
     if written:
         notes.append(f"Training leaves out what is listed in {', '.join(written)}.")
     return written
+
+
+def _was_checked(row: Mapping[str, Any], lies: str, checked: Collection[tuple[Any, ...]]) -> bool:
+    """Return whether both sides of an earlier row were read now: what still holds is found again.
+
+    Args:
+        row: The row of a list.
+        lies: Where the set is of which it is the list.
+        checked: Reader, place and split of what was read now.
+    """
+    other = row.get("overlaps_with")
+    if not isinstance(other, dict) or not isinstance(other.get("source"), str):
+        return False
+    # What a set has on both sides of its own splits it has wherever it lies by now.
+    within = "root" in row and row["root"] == other.get("root")
+    place = lies if within else other.get("root")
+    return {
+        (reader_of(row), lies, "train"),
+        (reader_of(other), str(place), str(other.get("split"))),
+    } <= set(checked)
 
 
 def _write_skipped(path: Path, parts: Sequence[_Part]) -> None:

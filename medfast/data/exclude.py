@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medfast.data import SOURCES, identity
 from medfast.errors import UsageError
 
 NAME = "medfast-exclude.jsonl"
@@ -18,20 +20,44 @@ def exclusion_file(root: Path) -> Path:
 
     That is `medfast-exclude.jsonl` in its folder; beside it, named after it, if the set is a file.
     """
-    return root.with_name(f"{root.name}.{NAME}") if root.is_file() else root / NAME
+    return root.with_name(f"{root.name}.{NAME}") if os.path.isfile(root) else root / NAME
 
 
-def read_exclusions(path: Path) -> set[tuple[str, str]]:
-    """Return the (source, key) of every training sample that a list leaves out.
+def excluded_keys(sources: Sequence[tuple[str, Path]], path: Path | None = None) -> list[set[str]]:
+    """Return, for each source, the keys of the training pairs to leave out.
+
+    A list that lies with a source is about that source alone, wherever it lies by now. A list of
+    all sources tells them apart by their keys (a phantom is read as ROCO, and is one), and those of
+    one key by where they lie; a row that names no place is about all of its key.
+
+    Args:
+        sources: Key and folder of each.
+        path: The list for all of them; None takes each one's own, where it has one.
 
     Raises:
         UsageError: the file is missing, or a line of it is damaged.
     """
-    return {(row["source"], row["key"]) for row in read_rows(path)}
+    rows = None if path is None else read_rows(path)
+    count = Counter(SOURCES[source] for source, _ in sources)
+    found = []
+    for source, root in sources:
+        reader, lies = identity(source, root)
+        own = exclusion_file(root)
+        if rows is not None:
+            mine = [r for r in rows if count[reader] == 1 or r.get("root") in (None, lies)]
+        else:
+            mine = read_rows(own) if os.path.isfile(own) else []
+        found.append({row["key"] for row in mine if reader_of(row) == reader})
+    return found
+
+
+def reader_of(row: Mapping[str, Any]) -> str | None:
+    """Return who reads the set that a row, or one side of it, is about; None if nobody does."""
+    return SOURCES.get(row["source"])
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of an exclusion list: source, key, reason, overlaps_with.
+    """Return the lines of an exclusion list: source, root, key, reason, overlaps_with.
 
     Raises:
         UsageError: the file is missing, or a line of it is damaged.

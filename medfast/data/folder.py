@@ -10,7 +10,7 @@ from medfast.data.pairs import pairs
 from medfast.data.records import Record, clean_caption
 from medfast.data.shards import IMAGE_SUFFIXES
 from medfast.data.skipped import Skipped
-from medfast.data.sources import About, hash_split, missing
+from medfast.data.sources import About, few_pairs, hash_split, missing
 from medfast.errors import UsageError
 
 ABOUT = About(
@@ -53,7 +53,10 @@ def read(root: Path, split: str) -> Iterator[Record | Skipped]:
         for item in _read(root, top)
         if by_folder or hash_split(item.key.rpartition(".")[0], 0.05, 0.05) == split
     )
-    yield from pairs(found, f"folder: {root}", split, root)
+    remedy = few_pairs(0.05, 0.05, f"make folders {', '.join(_FOLDERS)} in it")
+    if by_folder:
+        remedy = f"Put images with their texts into {root / split}."
+    yield from pairs(found, f"folder: {root}", split, root, remedy=remedy)
 
 
 def _folders(root: Path, split: str) -> list[Path]:
@@ -63,7 +66,7 @@ def _folders(root: Path, split: str) -> list[Path]:
 
 def _read(root: Path, top: Path) -> Iterator[Record | Skipped]:
     real_root = root.resolve()
-    for folder, inner, names in os.walk(top):
+    for folder, inner, names in os.walk(top, onerror=_refuse):
         inner.sort()
         for name in sorted(names):
             stem, dot, suffix = name.rpartition(".")
@@ -72,15 +75,23 @@ def _read(root: Path, top: Path) -> Iterator[Record | Skipped]:
                 yield _pair(image.relative_to(root).as_posix(), image, stem, real_root)
 
 
+def _refuse(error: OSError) -> None:
+    # A folder that may not be listed would else be an empty one.
+    raise error
+
+
 def _pair(key: str, image: Path, stem: str, root: Path) -> Record | Skipped:
     text = image.with_name(f"{stem}.txt")
     for path in (image, text):
         if path.is_symlink() and not path.resolve().is_relative_to(root):
             return Skipped(key, str(path), "it is a link that leads out of the folder")
+    if not text.exists():
+        return Skipped(key, str(image), f"there is no {text.name} beside it")
+    # To open a named pipe would wait for ever.
+    if not text.is_file():
+        return Skipped(key, str(text), "the caption is no plain file")
     try:
         caption = text.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        return Skipped(key, str(image), f"there is no {text.name} beside it")
     except (OSError, UnicodeDecodeError) as error:
         return Skipped(key, str(text), f"the caption cannot be read ({error})")
     return Record(key=key, image=image, caption=clean_caption(caption))

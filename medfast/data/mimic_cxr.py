@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -209,7 +210,7 @@ def _reports(root: Path, studies: list[str]) -> Path:
     """Return the folder that holds the reports."""
     for study in studies:
         for name in _REPORTS:
-            if (root / name / f"{study}.txt").is_file():
+            if os.path.isfile(root / name / f"{study}.txt"):
                 return root / name
     raise missing(
         ABOUT, root, [f"{name}/{study}.txt" for name in _REPORTS for study in studies[:1]]
@@ -220,12 +221,15 @@ def _suffix(root: Path, rows: list[Cells]) -> str:
     """Return whether the images are JPEG or DICOM files, by the first of them that is there."""
     for cells in rows:
         for suffix in (".jpg", ".dcm"):
-            if (root / "files" / f"{_study(cells)}" / f"{cells['dicom_id']}{suffix}").is_file():
+            if os.path.isfile(root / f"files/{_study(cells)}/{cells['dicom_id']}{suffix}"):
                 return suffix
     return ".jpg"
 
 
 def _caption(report: Path) -> str | None:
+    # To open a named pipe would wait for ever.
+    if not os.path.isfile(report):
+        return None
     try:
         return caption_of_report(report.read_text(encoding="utf-8", errors="replace"))
     except OSError:

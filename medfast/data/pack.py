@@ -17,9 +17,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medfast.data import SPLITS, read_split
+from medfast.data import SPLITS, distinct, read_split
 from medfast.data.decode import ImageError, decode
-from medfast.data.exclude import exclusion_file, read_exclusions
+from medfast.data.exclude import excluded_keys, exclusion_file
 from medfast.data.processes import each
 from medfast.data.records import Record
 from medfast.data.shards import (
@@ -34,6 +34,7 @@ from medfast.data.shards import (
     write_index,
 )
 from medfast.data.skipped import Skipped
+from medfast.data.sources import AbsentError
 from medfast.errors import UsageError
 
 # A quarter of a gigabyte is read at one go from disks and object stores alike, and a shard that is
@@ -114,6 +115,7 @@ class _Task(NamedTuple):
 
 class _Done(NamedTuple):
     split: str
+    name: str
     planned: int
     samples: int
     size: int
@@ -140,25 +142,25 @@ def read_sources(
     """
     read = Sources({}, {}, [], any(is_credentialed(source, root) for source, root in sources))
     count = Counter[str]()
-    for source, root in dict.fromkeys(sources):
+    sources = distinct(sources)
+    for (source, root), excluded in zip(sources, excluded_keys(sources), strict=True):
         count[source] += 1
         name = source if count[source] == 1 else f"{source}{count[source]}"
         read.roots[name] = root
-        path = exclusion_file(root)
-        excluded = read_exclusions(path) if path.exists() else set()
         errors = []
         for split in splits or SPLITS:
             try:
                 found = read_split(source, root, split, options)
-            except UsageError as error:
+            except AbsentError as error:
                 if splits:
                     raise
                 errors.append(error)
                 continue
             kept = []
             for record in found.records:
-                if split == "train" and (source, record.key) in excluded:
-                    read.skipped.append(Skipped(record.key, record.place, f"listed in {path}"))
+                if split == "train" and record.key in excluded:
+                    reason = f"listed in {exclusion_file(root)}"
+                    read.skipped.append(Skipped(record.key, record.place, reason))
                 else:
                     kept.append(record)
             read.records.setdefault(split, {})[name] = kept
@@ -208,8 +210,8 @@ def pack(
         progress: Called with (pairs done, pairs in all) after every shard.
 
     Raises:
-        UsageError: a number is out of range, there is no pair, `out` holds other files or what
-            was begun with other settings or pairs, or it cannot be written.
+        UsageError: a number is out of range, there is no pair or none that can be used, `out` holds
+            other files or what was begun with other settings or pairs, or it cannot be written.
     """
     numbers = {"--samples-per-shard": samples_per_shard, "--short-side": short_side}
     for name, value in numbers.items():
@@ -238,7 +240,7 @@ def pack(
         }
         if begun is None:
             out.mkdir(parents=True, exist_ok=True)
-            _write(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            _write(out / MANIFEST, _as_json(manifest))
         else:
             _check_begun(out, begun, manifest)
         _remove_parts(out)
@@ -250,12 +252,21 @@ def pack(
         lost += [sample for shard in done for sample in shard.skipped]
         lines = [json.dumps(sample._asdict()) + "\n" for sample in lost]
         _write(out / "skipped.jsonl", "".join(lines))
+        # By these counts the reader misses shards and samples that got lost on the way.
+        counts = {f"{s.split}/{s.name}": s.samples for s in done if s.samples}
+        _write(out / MANIFEST, _as_json({**manifest, "shards": counts}))
     except OSError as error:
         raise _unwritable(out, error) from None
     samples = Counter[str]()
     for shard in done:
         samples[shard.split] += shard.samples
     written = [shard for shard in done if shard.samples]
+    if not written:
+        first = lost[-1]
+        raise UsageError(
+            f"pack: no pair can be used, as {first.path} ({first.reason}); "
+            f"{out / 'skipped.jsonl'} lists them all. Are the images where the captions say?"
+        )
     return Packed(
         shards=len(written),
         kept=sum(shard.kept for shard in written),
@@ -339,7 +350,8 @@ def _read_manifest(out: Path) -> dict[str, Any] | None:
     """Return what an earlier call has noted of its settings; None where `out` is new or empty."""
     path = out / MANIFEST
     if not path.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        # A killed process may leave half of this very file.
+        if out.exists() and (not out.is_dir() or set(out.iterdir()) - {_part(path)}):
             raise UsageError(
                 f"pack: --out {out} must be a new or empty folder, or one that pack has begun; it "
                 "holds something else. Name another."
@@ -468,7 +480,8 @@ def _write_shard(short_side: int | None, task: _Task) -> _Done:
 
 def _done(task: _Task, samples: int, skipped: list[Skipped], kept: bool = False) -> _Done:
     size = task.path.stat().st_size if samples else 0
-    return _Done(task.path.parent.name, len(task.samples), samples, size, kept, skipped)
+    place = task.path.parent.name, task.path.name
+    return _Done(*place, len(task.samples), samples, size, kept, skipped)
 
 
 def _verified(tar: Path, index: Path, samples: Sequence[_Planned]) -> set[str] | None:
@@ -563,10 +576,21 @@ def _suffix(data: bytes, record: Record) -> str:
     return named if named in IMAGE_SUFFIXES else "dcm"
 
 
+def _as_json(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=1) + "\n"
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
+
+
 def _write(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    part = _part(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _unwritable(path: Path, error: OSError) -> UsageError:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from medfast.data.records import Record, read_sidecar
 from medfast.data.skipped import Skipped
-from medfast.errors import UsageError
+from medfast.data.sources import AbsentError
 
 
 def pairs(
@@ -17,6 +17,7 @@ def pairs(
     split: str,
     root: Path | None = None,
     shared: Path | None = None,
+    remedy: str = "",
 ) -> Iterator[Record | Skipped]:
     """Yield what a reader has found, and refuse a split that has no pair.
 
@@ -28,9 +29,10 @@ def pairs(
         split: Name of the split.
         root: Folder whose sidecar, if it is there, names the studies of pairs that have none.
         shared: A file that holds all splits: its bad rows belong to none, and come with "train".
+        remedy: What to do about a split without a pair, as a sentence.
 
     Raises:
-        UsageError: there is no pair.
+        AbsentError: there is no pair.
     """
     sidecar = (read_sidecar(root) or {}) if root else {}
     samples = sidecar.get("samples", {})
@@ -42,14 +44,18 @@ def pairs(
             if split == "train" or item.path != str(shared):
                 yield item
             continue
-        count[item.key] = count.get(item.key, 0) + 1
-        if count[item.key] > 1:
-            item = replace(item, key=f"{item.key}#{count[item.key]}")
+        key = item.key
+        while key in count:
+            count[item.key] += 1
+            key = f"{item.key}#{count[item.key]}"
+        count[key] = 1
+        if key != item.key:
+            item = replace(item, key=key)
         if item.study is None and item.key in samples:
             item = replace(item, study=samples[item.key]["study"])
         yield item
     if not count:
-        why = ""
+        why = f". {remedy}" if remedy else "."
         if first_bad:
-            why = f"; what it holds cannot be used, as {first_bad.key}: {first_bad.reason}"
-        raise UsageError(f"{what} holds no {split} pair{why}.")
+            why = f"; what it holds cannot be used, as {first_bad.key}: {first_bad.reason}."
+        raise AbsentError(f"{what} holds no {split} pair{why}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from medfast.data.pairs import pairs
 from medfast.data.records import Record, clean_caption
 from medfast.data.skipped import Skipped
-from medfast.data.sources import About, hash_split, missing
+from medfast.data.sources import About, few_pairs, hash_split, missing
 from medfast.data.tables import rows
 
 ABOUT = About(
@@ -55,7 +55,8 @@ def read(root: Path, split: str) -> Iterator[Record | Skipped]:
     images = next((folder for folder in folders if folder.is_dir()), root)
     shared = table if table.name in _WHOLE else None
     found = _read(table, images, split if shared else None)
-    yield from pairs(found, f"pmc_oa: {table}", split, root, shared)
+    remedy = few_pairs(0.1, 0.1, f"write a file per split, {per_split[0]}") if shared else ""
+    yield from pairs(found, f"pmc_oa: {table}", split, root, shared, remedy)
 
 
 def _read(table: Path, images: Path, split: str | None) -> Iterator[Record | Skipped]:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from medfast.data.pairs import pairs
 from medfast.data.records import Record, clean_caption
 from medfast.data.skipped import Skipped
-from medfast.data.sources import About, hash_split, missing
+from medfast.data.sources import About, few_pairs, hash_split, missing
 from medfast.data.tables import rows
 
 ABOUT = About(
@@ -48,7 +48,10 @@ def read(root: Path, split: str) -> Iterator[Record | Skipped]:
         raise missing(ABOUT, root, _TABLES)
     images = next((root / name for name in _FOLDERS if (root / name).is_dir()), root)
     found = _read(table, images, split)
-    yield from pairs(found, f"quilt: {table}", split, shared=table)
+    remedy = ""
+    if split == "validation":
+        remedy = few_pairs(0.01, 0, "read it as csv, with 'validation' in its column 'split'")
+    yield from pairs(found, f"quilt: {table}", split, shared=table, remedy=remedy)
 
 
 def split_of(upstream: str, image: str) -> str:

@@ -8,7 +8,7 @@ import marshal
 import stat
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
@@ -31,6 +31,7 @@ class Record:
         origin: Patient, article or video, as "KIND ID" ("article PMC4083729"): what must not be on
             both sides of a split. It is comparable between data sets; None where nothing is known.
         span: Offset and size in bytes of the image within the archive `image`.
+        sha256: Of the image's bytes, where the set tells; `Records` do not keep it.
     """
 
     key: str
@@ -39,6 +40,7 @@ class Record:
     study: str | None = None
     origin: str | None = None
     span: tuple[int, int] | None = None
+    sha256: str | None = field(default=None, compare=False)
 
     @property
     def place(self) -> str:
@@ -110,8 +112,12 @@ def clean_caption(text: str) -> str:
 def group_ids(records: Iterable[Record]) -> array[int]:
     """Return one integer per record, in 64 bits, equal where the study is equal."""
     ids: dict[str, int] = {}
-    names = (f"study {r.study}" if r.study is not None else f"key {r.key}" for r in records)
-    return array("q", (ids.setdefault(name, len(ids)) for name in names))
+    return array("q", (ids.setdefault(study_or_key(r), len(ids)) for r in records))
+
+
+def study_or_key(record: Record) -> str:
+    """Return the name of a record's study, or of the record, which stands for itself alone."""
+    return f"study {record.study}" if record.study is not None else f"key {record.key}"
 
 
 def read_sidecar(root: Path) -> dict[str, Any] | None:
@@ -127,8 +133,26 @@ def read_sidecar(root: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        sidecar = json.loads(path.read_text(encoding="utf-8"))
+        if not _is_sidecar(sidecar):
+            raise ValueError("it is not what the phantom command writes")
+    except (ValueError, RecursionError) as error:
         raise UsageError(
-            f"{path} is damaged ({error}): delete {root} and write it again."
+            f"{path} is damaged ({error}): delete {root} and write it again, or rename the file if "
+            "it is another program's."
         ) from None
+    return sidecar
+
+
+def _is_sidecar(found: Any) -> bool:
+    parts = {"label_sets": dict, "samples": dict, "questions": list}
+    return (
+        isinstance(found, dict)
+        and all(isinstance(found.get(name), kind) for name, kind in parts.items())
+        and all(
+            isinstance(sample, dict)
+            and isinstance(sample.get("study"), str)
+            and isinstance(sample.get("labels"), dict)
+            for sample in found["samples"].values()
+        )
+    )

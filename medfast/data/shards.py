@@ -13,14 +13,16 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from dataclasses import replace
+from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from medfast.data import SOURCES, SPLITS
 from medfast.data.records import Record, clean_caption
 from medfast.data.skipped import Skipped
-from medfast.data.sources import About, hash_split
+from medfast.data.sources import About, AbsentError, few_pairs, hash_split
 from medfast.errors import UsageError
 
 ABOUT = About(
@@ -40,6 +42,9 @@ BLOCK = 512
 _INDEX_VERSION = "v1.2"
 # Writers fill the end of an archive up to a record of this size, or of twice that.
 _LONGEST_END = 2 * tarfile.RECORDSIZE
+_FILE_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE)
+_CHUNK = 2**20
+_JOINED = "more follows the end of the archive, as where two were joined: pack them again"
 
 
 class Member(NamedTuple):
@@ -65,7 +70,8 @@ def read(root: Path, split: str) -> Iterator[Record | Skipped]:
 
     An image is read later by one seek. Shards that do not lie in folders of splits are split by
     a hash of the patient, else the study, else the key: 5 % validation and 5 % test. A key that
-    comes in several shards is given the name of its shard.
+    comes in several shards is given the name of its shard. What `pack.json` lists and is not there
+    comes as a bad row.
 
     Args:
         root: Folder of shards, or one tar file.
@@ -76,13 +82,22 @@ def read(root: Path, split: str) -> Iterator[Record | Skipped]:
             folder, or the split holds no pair.
     """
     shards, whole = _find(root, split)
+    expected = _packed_counts(root, split) if whole else {}
+    for name in sorted(expected.keys() - {shard.name for shard in shards}):
+        reason = f"the shard is missing: {MANIFEST} lists it with {expected[name]} samples"
+        yield Skipped(name, str(root / split / name), reason)
     empty = True
     keys: set[str] = set()
     for shard in shards:
-        for item in _read_shard(shard):
+        items = _read_shard(shard)
+        is_broken = any(item.key == shard.name for item in items)
+        if len(items) < expected.get(shard.name, 0) and not is_broken:
+            reason = f"the shard has {len(items)} samples; {MANIFEST} lists {expected[shard.name]}"
+            yield Skipped(shard.name, str(shard), reason)
+        for item in items:
             if isinstance(item, Record):
                 if item.key in keys:
-                    item = _renamed(item, f"{shard.stem}/{item.key}")
+                    item = replace(item, key=f"{shard.stem}/{item.key}")
                 if item.key in keys:
                     item = Skipped(item.key, item.place, "a second sample of this name")
                 keys.add(item.key)
@@ -90,19 +105,71 @@ def read(root: Path, split: str) -> Iterator[Record | Skipped]:
                 empty = False
                 yield item
     if empty:
-        raise UsageError(f"shards: {root} holds no {split} pair.")
+        remedy = few_pairs(0.05, 0.05, f"put shards into {root / split}")
+        raise AbsentError(f"shards: {root} holds no {split} pair.{'' if whole else ' ' + remedy}")
 
 
 def is_credentialed(source: str, root: Path) -> bool:
-    """Return whether a data set, or one that was packed into shards, is credentialed."""
+    """Return whether a data set, or one that was packed into shards, is credentialed.
+
+    Shards that `pack` has written count as such where it cannot be told: their manifest is missing
+    or damaged.
+    """
     if source != ABOUT.key:
         return importlib.import_module(SOURCES[source]).ABOUT.credentialed
-    for folder in (root, root.parent):
-        try:
-            return bool(json.loads((folder / MANIFEST).read_text("utf-8"))["credentialed"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+    # It lies above the folders of splits; the source may be the set, one of these, or a shard.
+    real = Path(os.path.realpath(root))
+    folder = real.parent if os.path.isfile(real) else real
+    for path in (folder / MANIFEST, folder.parent / MANIFEST):
+        if os.path.lexists(path):
+            try:
+                return _manifest(path)["credentialed"] is not False
+            except (OSError, ValueError, KeyError, RecursionError):
+                return True
+    shards = (path for pattern in ("*.tar", "*/*.tar") for path in root.glob(pattern))
+    first = root if os.path.isfile(root) else next(shards, None)
+    return first is not None and _is_packed(first)
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    # To open a named pipe would wait for ever.
+    if not path.is_file():
+        raise OSError("it is no plain file")
+    found = json.loads(path.read_text("utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
+    return found
+
+
+def _packed_counts(root: Path, split: str) -> dict[str, int]:
+    """Return how many samples `pack` has written into each shard of a split, if it is known."""
+    try:
+        counts = _manifest(root / MANIFEST)["shards"]
+        return {
+            name.removeprefix(f"{split}/"): int(count)
+            for name, count in counts.items()
+            if name.startswith(f"{split}/")
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _is_packed(shard: Path) -> bool:
+    """Return whether `pack` has written a shard, as the facts of its first sample tell."""
+    try:
+        with shard.open("rb") as file:
+            for member in islice(_headers(shard, os.fstat(file.fileno()).st_size), 3):
+                if isinstance(member, Member) and member.extension == "json":
+                    facts = json.loads(os.pread(file.fileno(), member.size, member.offset))
+                    return isinstance(facts, dict) and _are_packs(facts)
+    except (OSError, ValueError, RecursionError, UsageError):
+        pass
     return False
+
+
+def _are_packs(facts: dict[str, Any]) -> bool:
+    """Return whether facts are as `pack` writes them; of other tools' the hash may mean else."""
+    return {"source", "path", "sha256"} <= facts.keys()
 
 
 def frame(name: str, data: bytes) -> bytes:
@@ -159,7 +226,7 @@ def _find(root: Path, split: str) -> tuple[list[Path], bool]:
     if any((root / name).is_dir() for name in SPLITS):
         if shards := sorted((root / split).glob("*.tar")):
             return shards, True
-        raise UsageError(f"shards: {root} holds no {split} shards; looked for {split}/*.tar.")
+        raise AbsentError(f"shards: {root} holds no {split} shards; looked for {split}/*.tar.")
     if shards := sorted(root.glob("*.tar")):
         return shards, False
     if root.is_dir() and any(root.rglob("*.tar.gz")):
@@ -168,11 +235,7 @@ def _find(root: Path, split: str) -> tuple[list[Path], bool]:
             "its own; unpack them with gunzip."
         )
     what = f"{root} holds no {split}/*.tar and no *.tar" if root.exists() else f"there is no {root}"
-    raise UsageError(f"shards: {what}. {ABOUT.access} and name it as --train-data shards:FOLDER.")
-
-
-def _renamed(record: Record, key: str) -> Record:
-    return Record(key, record.image, record.caption, record.study, record.origin, record.span)
+    raise AbsentError(f"shards: {what}. {ABOUT.access} and name it as --train-data shards:FOLDER.")
 
 
 def _split_of(item: Record | Skipped, shard: Path) -> str:
@@ -218,12 +281,20 @@ def _indexed(path: Path, size: int, file: int) -> list[list[Member]] | None:
     end = max(-(-(m.offset + m.size) // BLOCK) * BLOCK for m in members)
     if not end + 2 * BLOCK <= size <= end + _LONGEST_END:
         return None
-    for sample in samples:
-        for member in sample:
-            # What is read now must be what the index says; an image speaks for itself later.
-            if member.name.endswith((".txt", ".json")) and not _is_at(file, member):
-                return None
-    return samples
+    end = 0
+    for member in members:
+        # What an index leaves out it must not leave out silently.
+        if member.offset != end + BLOCK and _is_file(os.pread(file, BLOCK, end)):
+            return None
+        if not _is_at(file, member):
+            return None
+        end = -(-(member.offset + member.size) // BLOCK) * BLOCK
+    return None if os.pread(file, BLOCK, end).strip(b"\0") else samples
+
+
+def _is_file(header: bytes) -> bool:
+    """Return whether a header is that of a file, and not of a folder, or of a long name."""
+    return header[156:157] in _FILE_TYPES
 
 
 def _is_at(file: int, member: Member) -> bool:
@@ -259,12 +330,14 @@ def _scan(path: Path, size: int) -> Iterator[list[Member] | Skipped]:
                 samples.append([])
             seen.add(member.extension)
             samples[-1].append(member)
-    if broken is not None and len(samples) > 1 and len(samples[-1]) < len(samples[-2]):
+    is_cut = broken not in (None, _JOINED)
+    if is_cut and len(samples) > 1 and len(samples[-1]) < len(samples[-2]):
         # The rest of this sample is what is missing; it is not a second thing that is wrong.
         del samples[-1]
     yield from samples
     if broken is not None:
-        yield Skipped(path.name, str(path), f"{broken} after {len(samples)} samples")
+        where = "" if broken == _JOINED else f" after {len(samples)} samples"
+        yield Skipped(path.name, str(path), f"{broken}{where}")
 
 
 def _headers(path: Path, size: int) -> Iterator[Member | str]:
@@ -304,10 +377,12 @@ def _headers(path: Path, size: int) -> Iterator[Member | str]:
     with path.open("rb") as file:
         file.seek(end)
         mark = file.read(BLOCK)
-    if len(mark) < BLOCK:
-        yield "the shard is cut off"
-    elif mark.strip(b"\0"):
-        yield "a header is damaged"
+        if len(mark) < BLOCK:
+            yield "the shard is cut off"
+        elif mark.strip(b"\0"):
+            yield "a header is damaged"
+        elif any(chunk.strip(b"\0") for chunk in iter(partial(file.read, _CHUNK), b"")):
+            yield _JOINED
 
 
 def _refuse_escape(path: Path, name: str) -> None:
@@ -363,6 +438,7 @@ def _sample(
         study=_words(facts.get("study")),
         origin=_words(facts.get("origin")),
         span=(image.offset, image.size),
+        sha256=_words(facts["sha256"]) if _are_packs(facts) else None,
     )
 
 

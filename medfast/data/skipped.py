@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from medfast import json_lines
 from medfast.errors import UsageError
 
 
@@ -32,9 +32,8 @@ class SkippedSamples:
         self._total = total
         self._limit = limit
         # A run that goes on keeps what it has listed before.
-        listed = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        rows = (json.loads(line) for line in listed)
-        self._seen = {(row["key"], row["path"]) for row in rows}
+        json_lines.mend(path)
+        self._seen = {(row["key"], row["path"]) for row in json_lines.read(path)}
 
     def __len__(self) -> int:
         return len(self._seen)
@@ -49,8 +48,7 @@ class SkippedSamples:
         if not new:
             return
         self._seen.update((s.key, s.path) for s in new)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(s._asdict(), ensure_ascii=False) + "\n" for s in new)
+        json_lines.append(self._path, (s._asdict() for s in new))
         if len(self) > self._limit * self._total:
             raise UsageError(
                 f"{len(self)} of {self._total} samples could not be used, more than "

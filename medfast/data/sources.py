@@ -31,7 +31,11 @@ class About:
     credentialed: bool = False
 
 
-def missing(about: About, root: Path, looked_for: Iterable[str] = ()) -> UsageError:
+class AbsentError(UsageError):
+    """A set or a split of it that is not there: sets need not have every split."""
+
+
+def missing(about: About, root: Path, looked_for: Iterable[str] = ()) -> AbsentError:
     """Return the error for a folder or a file of the data set that is not there.
 
     It says what to get, under which agreement, and where to put it.
@@ -40,9 +44,26 @@ def missing(about: About, root: Path, looked_for: Iterable[str] = ()) -> UsageEr
         what = f"there is no {root}"
     else:
         what = f"{root} holds none of: {', '.join(looked_for)}"
-    return UsageError(
+    return AbsentError(
         f"{about.key}: {what}. {about.access} ({about.licence}), put it there and name it as "
         f"--train-data {about.key}:{root}."
+    )
+
+
+def few_pairs(validation: float, test: float, otherwise: str) -> str:
+    """Return the remedy for a split that `hash_split` has left empty.
+
+    Args:
+        validation: As of `hash_split`.
+        test: As of `hash_split`.
+        otherwise: How to name the splits, as a clause after "or".
+    """
+    least = min(share for share in (validation, test) if share)
+    # With so many groups a split is empty once in 150 times.
+    count = round(5 / least)
+    return (
+        f"A hash puts {least:.0%} of the groups (patients, articles, images) there, so that it "
+        f"takes about {count} of them: give more pairs, or {otherwise}."
     )
 
 

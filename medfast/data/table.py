@@ -9,7 +9,7 @@ from pathlib import Path
 from medfast.data.pairs import pairs
 from medfast.data.records import Record, clean_caption
 from medfast.data.skipped import Skipped
-from medfast.data.sources import About, hash_split, missing
+from medfast.data.sources import About, few_pairs, hash_split, missing
 from medfast.data.tables import column_names, missing_column, rows
 from medfast.errors import UsageError
 
@@ -30,11 +30,24 @@ class Columns:
         image: Column of the image paths.
         caption: Column of the captions.
         separator: Between the cells of a line; None for a tab or a comma, as in the file.
+
+    Raises:
+        UsageError: a name is empty, or the separator is no single character that can be one.
     """
 
     image: str = "filepath"
     caption: str = "title"
     separator: str | None = None
+
+    def __post_init__(self) -> None:
+        for flag, name in (("--csv-img-key", self.image), ("--csv-caption-key", self.caption)):
+            if not name:
+                raise UsageError(f"{flag} must be the name of a column; got ''.")
+        if self.separator is not None and (len(self.separator) != 1 or self.separator in '"\r\n'):
+            raise UsageError(
+                "--csv-separator must be a single character, and no quotation mark or line break; "
+                f"got {self.separator!r}."
+            )
 
 
 DEFAULT = Columns()
@@ -61,7 +74,7 @@ def read(root: Path, split: str, columns: Columns = DEFAULT) -> Iterator[Record 
     Three more columns are used where they are there: `split`, `study` (or `group`) and `patient`,
     whose ids are taken to mean the same in every table. Without a `split`, 5 % of the patients are
     for validation and 5 % for test, by a hash of their ids; without patients, of the studies, and
-    without these, of the images.
+    without these, of the images. Where any row has a `split`, one without is a bad row.
 
     Args:
         root: The file; image paths are relative to its folder, or absolute.
@@ -85,8 +98,12 @@ def read(root: Path, split: str, columns: Columns = DEFAULT) -> Iterator[Record 
         _find(columns.caption, present, root),
         columns.separator,
     )
-    found = _read(root, split, columns, "split" in present)
-    yield from pairs(found, f"csv: {root}", split, shared=root)
+    has_split = "split" in present
+    found = _read(root, split, columns, has_split)
+    remedy = few_pairs(0.05, 0.05, "name the splits in a column 'split'")
+    if has_split:
+        remedy = f"Write {split!r} into the column 'split' of some rows."
+    yield from pairs(found, f"csv: {root}", split, shared=root, remedy=remedy)
 
 
 def _find(name: str, present: Sequence[str], path: Path) -> str:

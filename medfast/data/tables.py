@@ -6,8 +6,9 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from numbers import Number
+from pathlib import Path, PurePath
 from typing import Any
 
 from medfast.data.skipped import Skipped
@@ -41,7 +42,9 @@ def rows(
     """Yield the name of each row ("line 17") and its cells, or why it cannot be read.
 
     Cells are text without white space around it; None stands for what is empty, missing or not a
-    number. Parquet is read in batches, the other formats line by line.
+    number. A row with a cell that is neither text nor a number is bad, as is one of CSV whose lines
+    look like several rows that a stray quotation mark joins. Parquet is read in batches, the other
+    formats line by line.
 
     Args:
         path: The table; its name tells the format.
@@ -51,19 +54,19 @@ def rows(
             holds one, else a comma.
 
     Raises:
-        UsageError: the file cannot be read, is not UTF-8 text, or lacks a column.
+        UsageError: the file cannot be read, is not UTF-8 text, or lacks a column or has it twice.
     """
     reader = {"csv": _csv_rows, "json": _json_rows, "parquet": _parquet_rows}[_format(path)]
     for name, values in reader(path, columns, optional, separator):
-        row = values if isinstance(values, str) else _cells(values, columns)
+        row = values if isinstance(values, str) else _cells(values)
         yield Skipped(name, str(path), row) if isinstance(row, str) else (name, row)
 
 
 def column_names(path: Path, separator: str | None = None) -> list[str]:
-    """Return the columns of a table: of the header, or of the first JSON object.
+    """Return the columns of a table: of the header, or of all its JSON objects.
 
     Raises:
-        UsageError: the file cannot be read or is not UTF-8 text.
+        UsageError: the file cannot be read, is not UTF-8 text, or holds no JSON object.
     """
     kind = _format(path)
     if kind == "parquet":
@@ -71,7 +74,13 @@ def column_names(path: Path, separator: str | None = None) -> list[str]:
     if kind == "csv":
         return _header(path, lines(path, newline=""), separator)[0]
     found = (_json_object(line) for line in lines(path))
-    return list(next((row for row in found if isinstance(row, dict)), {}))
+    names = list(dict.fromkeys(name for row in found if isinstance(row, dict) for name in row))
+    if not names:
+        raise UsageError(
+            f"{path} must hold a JSON object with the names of columns on each line; no line is "
+            "one. Write an array as lines, without brackets and commas between them."
+        )
+    return names
 
 
 def lines(path: Path, newline: str = "\n") -> Iterator[str]:
@@ -84,6 +93,9 @@ def lines(path: Path, newline: str = "\n") -> Iterator[str]:
     Raises:
         UsageError: the file cannot be read or is not UTF-8 text.
     """
+    # To open a named pipe would wait for ever.
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} must be a plain file; write it as one.")
     try:
         opened: Any = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rt", encoding="utf-8-sig", newline=newline) as file:
@@ -124,30 +136,54 @@ def _header(path: Path, text: Iterator[str], separator: str | None) -> tuple[lis
     if separator is None:
         suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
         separator = "\t" if suffix in (".tsv", ".tab") or "\t" in line else ","
-    names = next(csv.reader([line], delimiter=separator), [])
+    if "\0" in line:
+        raise UsageError(f"{path} has a zero byte in its first line, so that it is no text.")
+    names: list[str] = next(_csv_reader([line], separator), [])
     return [name.strip() for name in names], separator
+
+
+def _csv_reader(text: Iterable[str], separator: str, strict: bool = False) -> Any:
+    csv.field_size_limit(_LONGEST_CELL)
+    return csv.reader(text, delimiter=separator, strict=strict)
+
+
+def _wanted(
+    path: Path, present: Sequence[str], columns: Sequence[str], optional: Sequence[str]
+) -> dict[str, int]:
+    """Return the columns to read, and which they are."""
+    for column in columns:
+        if column not in present:
+            raise missing_column(path, [column], present)
+    wanted = [name for name in (*columns, *optional) if name in present]
+    twice = [name for name in wanted if present.count(name) > 1]
+    if twice:
+        raise UsageError(
+            f"{path} has {present.count(twice[0])} columns {twice[0]!r}; leave one, or rename the "
+            "others."
+        )
+    return {name: present.index(name) for name in wanted}
 
 
 def _csv_rows(
     path: Path, columns: Sequence[str], optional: Sequence[str], separator: str | None
 ) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    csv.field_size_limit(_LONGEST_CELL)
     text = lines(path, newline="")
     header, separator = _header(path, text, separator)
-    for column in columns:
-        if column not in header:
-            raise missing_column(path, [column], header)
-    places = {name: header.index(name) for name in (*columns, *optional) if name in header}
+    places = _wanted(path, header, columns, optional)
     ended = False
+    raw: list[str] = []
 
     def to_the_end() -> Iterator[str]:
         nonlocal ended
-        yield from text
+        for line in text:
+            raw.append(line)
+            yield line
         ended = True
 
-    reader = csv.reader(to_the_end(), delimiter=separator)
+    reader = _csv_reader(to_the_end(), separator)
     while True:
         name = f"line {reader.line_num + 2}"
+        raw.clear()
         try:
             row = next(reader)
         except StopIteration:
@@ -158,10 +194,32 @@ def _csv_rows(
         if ended:
             # The reader asked for more lines, as it was still within a cell.
             yield name, "a quotation mark is opened and never closed, up to the end of the file"
+        elif len(raw) > 1 and _are_rows(raw, header, [places[c] for c in columns], separator):
+            last = f"line {reader.line_num + 1}"
+            yield name, f"a stray quotation mark joins it with the rows up to {last}"
         elif len(row) == len(header):
             yield name, {column: row[place] for column, place in places.items()}
         elif row:
             yield name, f"the row must have {len(header)} cells, as the header has; got {len(row)}"
+
+
+def _are_rows(
+    raw: Sequence[str], header: Sequence[str], places: Sequence[int], separator: str
+) -> bool:
+    """Return whether the lines of one row look like rows that a stray quotation mark joins.
+
+    They do where the marks do not pair up, and where each line has the cells of a row, with a file
+    name of the same kind as the first one's: what goes on in a quoted cell has neither.
+    """
+    try:
+        list(_csv_reader(raw, separator, strict=True))
+    except csv.Error:
+        return True
+    found = [line.rstrip("\r\n").split(separator) for line in raw if line.strip()]
+    if any(len(cells) != len(header) for cells in found):
+        return False
+    kinds = ([PurePath(cells[place].strip(' "')).suffix for cells in found] for place in places)
+    return any(all(kind == own[0] for kind in own) for own in kinds if own[0])
 
 
 def _json_rows(
@@ -193,19 +251,15 @@ def _parquet_rows(
     path: Path, columns: Sequence[str], optional: Sequence[str], separator: str | None
 ) -> Iterator[tuple[str, dict[str, Any] | str]]:
     table = _parquet(path)
-    names = table.schema_arrow.names
-    for column in columns:
-        if column not in names:
-            raise missing_column(path, [column], names)
-    wanted = [name for name in (*columns, *optional) if name in names]
+    wanted = list(_wanted(path, table.schema_arrow.names, columns, optional))
     number = 0
     try:
         for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=wanted):
             for values in batch.to_pylist():
                 number += 1
                 yield f"row {number}", values
-    # pyarrow's own errors are OSErrors and ValueErrors too.
-    except (OSError, ValueError) as error:
+    # pyarrow's own errors are OSErrors and ValueErrors too; Python has no date after the year 9999.
+    except (OSError, ValueError, OverflowError) as error:
         raise _unreadable(path, error) from None
 
 
@@ -222,16 +276,16 @@ def _parquet(path: Path) -> Any:
         raise _unreadable(path, error) from None
 
 
-def _cells(values: dict[str, Any], columns: Sequence[str]) -> Cells | str:
+def _cells(values: dict[str, Any]) -> Cells | str:
     """Return the cells of a row as text, or what is wrong with one of them."""
     cells: Cells = {}
     for column, value in values.items():
-        if isinstance(value, bytes | list | dict) and column in columns:
-            return f"its {column!r} must be text; got {type(value).__name__}"
+        if not isinstance(value, str | Number | None):
+            return f"its {column!r} must be text or a number; got {type(value).__name__}"
         # Whole numbers with gaps among them are kept as floats by many programs.
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        text = str(value).strip() if isinstance(value, str | int | float) else ""
+        text = "" if value is None else str(value).strip()
         if "\0" in text:
             return f"its {column!r} holds a zero byte"
         # JSON can name halves of characters, which no file could be written with.

@@ -62,6 +62,8 @@ class Tokenizer:
 
     def __init__(self, inner: Any, context_length: int) -> None:
         self._inner = inner
+        # Tokens that were added to those that were read or trained.
+        self.added = 0
         self.context_length = min(context_length, inner.model_max_length)
 
     @classmethod
@@ -163,7 +165,7 @@ class Tokenizer:
     def ensure_mask_token(self) -> None:
         """Add a mask token to a tokenizer that was published without one, as CLIP's."""
         if self._inner.mask_token is None:
-            self._inner.add_special_tokens({"mask_token": _MASK})
+            self.added += self._inner.add_special_tokens({"mask_token": _MASK})
 
     def masked(self, tokens: Tokens, rngs: Sequence[random.Random]) -> Masked:
         """Hide tokens of B captions for a masked language model, as BERT does.

@@ -71,11 +71,15 @@ def centre_box(width: int, height: int) -> Box:
 
 
 def random_box(width: int, height: int, smallest: float, rng: random.Random) -> Box:
-    """Return a random, nearly square crop that keeps at least `smallest` of the image's area."""
+    """Return a random crop that keeps at least `smallest` of the image's area.
+
+    It is nearly square, or as near as its share of a long image lets it be.
+    """
     share = rng.uniform(smallest, 1) * width * height
     ratio = rng.uniform(0.9, 1.1)
-    side_w = min((share * ratio) ** 0.5, width)
-    side_h = min((share / ratio) ** 0.5, height)
+    # What one side has no room for, the other takes.
+    side_w = max(min((share * ratio) ** 0.5, width), share / height)
+    side_h = max(min((share / ratio) ** 0.5, height), share / width)
     left, top = rng.uniform(0, width - side_w), rng.uniform(0, height - side_h)
     return left, top, left + side_w, top + side_h
 

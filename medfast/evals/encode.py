@@ -40,6 +40,10 @@ class Embeddings:
         """Rank of each pair among all, int64 [N], of image to text and text to image."""
         return self.image.ranks(self.text)
 
+    def loss(self, scale: float) -> float:
+        """Return the contrastive loss of all pairs at once, at this logit scale."""
+        return self.image.loss(self.text, scale)
+
 
 @dataclass(frozen=True)
 class Encoder:

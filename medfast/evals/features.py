@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medfast.ops import filip_scores, paired_ranks
+from medfast.ops import clip_loss, filip_loss, filip_scores, paired_ranks
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -46,6 +46,10 @@ class Matchable(ABC):
         """
 
     @abstractmethod
+    def loss(self, texts: Self, scale: float) -> float:
+        """Return the contrastive loss of the images with text i belonging to image i."""
+
+    @abstractmethod
     def own_scores(self, texts: Self) -> Tensor:
         """Return how well text i matches image i, [N], comparable among texts of one image."""
 
@@ -73,6 +77,9 @@ class GlobalFeatures(Matchable):
 
     def ranks(self, texts: Self) -> tuple[Tensor, Tensor]:
         return paired_ranks(self.unit, texts.unit)
+
+    def loss(self, texts: Self, scale: float) -> float:
+        return clip_loss(self.unit, texts.unit, scale).item()
 
     def own_scores(self, texts: Self) -> Tensor:
         return (self.unit * texts.unit).sum(1)
@@ -114,6 +121,9 @@ class LocalFeatures(Matchable):
     def ranks(self, texts: Self) -> tuple[Tensor, Tensor]:
         image_to_text, text_to_image = self._scores(texts)
         return _diagonal_ranks(image_to_text), _diagonal_ranks(text_to_image)
+
+    def loss(self, texts: Self, scale: float) -> float:
+        return filip_loss(self.unit, texts.unit, texts.mask, scale, patch_mask=self.mask).item()
 
     def own_scores(self, texts: Self) -> Tensor:
         N = len(self.unit)

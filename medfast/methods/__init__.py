@@ -10,7 +10,16 @@ if TYPE_CHECKING:
 
 # Key on the command line -> class in the module of the same name. Names only, so that the command
 # line can list the methods without importing torch.
-METHODS = {"clip": "Clip", "local": "Local", "filip": "Filip", "sparc": "Sparc"}
+METHODS = {
+    "clip": "Clip",
+    "lit": "Lit",
+    "slip": "Slip",
+    "declip": "Declip",
+    "cyclip": "Cyclip",
+    "local": "Local",
+    "filip": "Filip",
+    "sparc": "Sparc",
+}
 
 
 def method_class(key: str) -> type[Method]:

@@ -14,7 +14,7 @@ from medfast.ops import clip_loss
 
 class Clip(Method):
     ops: ClassVar[tuple[str, ...]] = ("clip_loss",)
-    weights: ClassVar[dict[str, float]] = {"clip": 1.0}
+    terms: ClassVar[dict[str, float]] = {"clip": 1.0}
 
     def forward(self, features: Features, batch: Batch) -> dict[str, Tensor]:
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ class Filip(Method):
     """
 
     ops: ClassVar[tuple[str, ...]] = ("filip_loss",)
-    weights: ClassVar[dict[str, float]] = {"filip": 1.0}
+    terms: ClassVar[dict[str, float]] = {"filip": 1.0}
     needs_tokens = True
     late_interaction = True
     maps_title = "Word-to-patch similarity"
@@ -31,8 +32,13 @@ class Filip(Method):
         "below zero taken as zero, divided by their sum."
     )
 
-    def __init__(self, impl: str = "auto", group_positives: bool = False) -> None:
-        super().__init__(impl, group_positives)
+    def __init__(
+        self,
+        impl: str = "auto",
+        group_positives: bool = False,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(impl, group_positives, weights)
         if group_positives:
             raise UsageError(
                 "--group-positives is for methods with a global loss, which filip has not; leave "

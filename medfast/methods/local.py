@@ -14,7 +14,7 @@ from medfast.ops import local_alignment_loss, word_patch_attention
 
 class Local(Clip):
     ops: ClassVar[tuple[str, ...]] = ("clip_loss", "local_alignment_loss")
-    weights: ClassVar[dict[str, float]] = {"clip": 1.0, "local": 1.0}
+    terms: ClassVar[dict[str, float]] = {"clip": 1.0, "local": 1.0}
     needs_tokens = True
 
     def forward(self, features: Features, batch: Batch) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from medfast.ops.sparc.reference import align
 
 class Sparc(Clip):
     ops: ClassVar[tuple[str, ...]] = ("clip_loss", "sparc_loss")
-    weights: ClassVar[dict[str, float]] = {"clip": 0.5, "fine": 1.0}
+    terms: ClassVar[dict[str, float]] = {"clip": 0.5, "fine": 1.0}
     needs_tokens = True
     maps_note = (
         "A word's weights are those of the fine loss: its similarities to the patches, brought to "

@@ -19,11 +19,20 @@ def lock_image(tower: ImageTower, unlocked_groups: int = 0) -> None:
     """
     from timm.models import group_parameters
 
-    groups = group_parameters(tower.trunk, tower.trunk.group_matcher())
+    trunk = tower.trunk
+    groups = group_parameters(trunk, trunk.group_matcher())
     _check_count("--lock-image-unlocked-groups", unlocked_groups, len(groups), "image", "groups")
-    for number in sorted(groups)[: len(groups) - unlocked_groups]:
-        for name in groups[number]:
-            tower.trunk.get_parameter(name).requires_grad_(False)
+    if unlocked_groups == len(groups):
+        return
+    locked = [name for k in sorted(groups)[: len(groups) - unlocked_groups] for name in groups[k]]
+    # Older timm counts the norm before the first block to the last group.
+    locked += [name for name, _ in trunk.named_parameters() if name.startswith("norm_pre.")]
+    for name in locked:
+        trunk.get_parameter(name).requires_grad_(False)
+    # Dropout behind the embedding has no weights by which to tell that it is locked.
+    for name in ("pos_drop", "patch_drop"):
+        if hasattr(trunk, name):
+            setattr(trunk, name, nn.Identity())
 
 
 def lock_text(tower: TextTower, unlocked_layers: int = 0) -> None:

@@ -139,6 +139,12 @@ class TextTower(nn.Module):
         self.width: int = config.hidden_size
         self.vocab_size = vocab_size
 
+    def grow(self, vocab_size: int) -> None:
+        """Give further tokens an embedding, drawn after all other weights."""
+        if vocab_size > self.vocab_size:
+            self.trunk.resize_token_embeddings(vocab_size, mean_resizing=False)
+            self.vocab_size = vocab_size
+
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return global [B, C] and token [B, T, C] features of token ids [B, T].
 
@@ -219,6 +225,7 @@ class ImageTextModel(nn.Module):
         """Let the towers compute activations again in the backward instead of keeping them."""
         self.image_tower.trunk.set_grad_checkpointing(True)
         text: Any = self.text_tower.trunk
+        text.config.use_cache = False  # it would warn that it cannot keep both
         if hasattr(text, "activation_checkpointing_enable"):
             text.activation_checkpointing_enable()
         else:  # its name before transformers 5
@@ -257,5 +264,11 @@ def _projection(width: int, embed_dim: int) -> nn.Linear:
 
 
 def build_model(preset: Preset, tokenizer: Tokenizer, token_features: bool) -> ImageTextModel:
-    """Return the untrained model of `preset` for the vocabulary of `tokenizer`."""
-    return ImageTextModel(preset, len(tokenizer), tokenizer.special_ids, token_features)
+    """Return the untrained model of `preset` for the vocabulary of `tokenizer`.
+
+    Weights do not depend on tokens that were added to it, nor on `token_features`.
+    """
+    vocab_size = len(tokenizer) - tokenizer.added
+    model = ImageTextModel(preset, vocab_size, tokenizer.special_ids, token_features)
+    model.text_tower.grow(len(tokenizer))
+    return model

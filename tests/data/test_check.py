@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 import random
@@ -8,7 +9,7 @@ from PIL import Image
 
 from medfast.data.check import check
 from medfast.data.check_report import summary
-from medfast.data.exclude import exclusion_file, read_exclusions, write_exclusions
+from medfast.data.exclude import excluded_keys, exclusion_file, read_rows, write_exclusions
 from medfast.data.shards import frame
 from medfast.errors import UsageError
 
@@ -199,14 +200,20 @@ def test_training_pairs_that_are_held_out_are_listed(tmp_path, train, held_out, 
     assert lines(tmp_path / "out" / "exclude.jsonl") == [
         {
             "source": "shards",
+            "root": str(root),
             "key": "k1",
             "reason": reason,
-            "overlaps_with": {"source": "shards", "split": split, "key": "held"},
+            "overlaps_with": {
+                "source": "shards",
+                "root": str(root),
+                "split": split,
+                "key": "held",
+            },
         }
     ]
     # The list lies where training looks for it.
     assert exclusion_file(root) == root / "medfast-exclude.jsonl"
-    assert read_exclusions(exclusion_file(root)) == {("shards", "k1")}
+    assert excluded_keys([("shards", root)]) == [{"k1"}]
     assert report["exclusion_lists"] == [str(root / "medfast-exclude.jsonl")]
     assert "1 training pairs are also held out" in report["verdict"]
     assert str(root / "medfast-exclude.jsonl") in summary(report)
@@ -243,15 +250,105 @@ def test_a_mended_set_loses_its_list(tmp_path):
 
 
 def test_what_was_found_against_another_set_is_kept(tmp_path, clean):
-    old = {
-        "source": "shards",
-        "key": "k5",
-        "reason": "same article",
-        "overlaps_with": {"source": "roco", "split": "test", "key": "ROCO_1"},
-    }
-    write_exclusions(exclusion_file(clean), [old])
+    other = write(tmp_path / "other", test=[("held", png(5), "text", {})])
+    checked(clean, tmp_path / "out", against=[("shards", other)])
+    # Of the same kind, but not the same set.
+    checked(clean, tmp_path / "out", against=[("shards", write(tmp_path / "c", test=plain(60, 1)))])
+    assert excluded_keys([("shards", clean)]) == [{"k5"}]
+    # Another split of it is not the one.
+    (other / "test").rename(other / "validation")
+    checked(clean, tmp_path / "out", against=[("shards", other)])
+    assert excluded_keys([("shards", clean)]) == [{"k5"}]
+    # Looked at again, it holds the image no longer.
+    write(other, test=plain(60, 1), validation=plain(70, 1))
+    checked(clean, tmp_path / "out", against=[("shards", other)])
+    assert excluded_keys([("shards", clean)]) == [set()]
+
+
+def test_what_was_found_within_a_set_that_has_moved_is_found_anew(tmp_path):
+    root = write(tmp_path / "set", train=plain(0, 3), test=[("t", png(0), "text", {})])
+    checked(root, tmp_path / "out")
+    moved = root.rename(tmp_path / "moved")
+    assert excluded_keys([("shards", moved)]) == [{"k0"}]
+    write(moved, test=plain(9, 1))
+    checked(moved, tmp_path / "out")
+    assert not exclusion_file(moved).exists()
+
+
+def test_rows_that_a_person_wrote_are_kept(tmp_path, clean):
+    exclusion_file(clean).write_text('{"source": "shards", "key": "k2"}\n')
     checked(clean, tmp_path / "out")
-    assert read_exclusions(exclusion_file(clean)) == {("shards", "k5")}
+    assert excluded_keys([("shards", clean)]) == [{"k2"}]
+
+
+def _tables(tmp_path, *names):
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pairs.csv").write_text("")
+    return [("csv", tmp_path / name / "pairs.csv") for name in names]
+
+
+def test_a_list_that_lies_with_a_set_is_about_that_set_alone(tmp_path):
+    a, b = _tables(tmp_path, "a", "b")
+    write_exclusions(exclusion_file(a[1]), [{"source": "csv", "root": "/once", "key": "1.jpg"}])
+    assert excluded_keys([a, b]) == [{"1.jpg"}, set()]
+
+
+def test_a_list_of_several_sets_tells_them_apart_by_place(tmp_path):
+    a, b = _tables(tmp_path, "a", "b")
+    path = tmp_path / "exclude.jsonl"
+    rows = [
+        {"source": "csv", "root": str(a[1]), "key": "1.jpg"},
+        {"source": "csv", "root": str(b[1]), "key": "2.jpg"},
+        {"source": "csv", "key": "3.jpg"},
+        {"source": "roco", "root": str(b[1]), "key": "4.jpg"},
+    ]
+    write_exclusions(path, rows)
+    assert excluded_keys([a, b], path) == [{"1.jpg", "3.jpg"}, {"2.jpg", "3.jpg"}]
+    # Alone, its key is enough: it may have moved.
+    assert excluded_keys([a], path) == [{"1.jpg", "2.jpg", "3.jpg"}]
+
+
+def test_a_phantom_is_read_as_roco(tmp_path):
+    write_exclusions(exclusion_file(tmp_path), [{"source": "phantom", "key": "a"}])
+    assert excluded_keys([("roco", tmp_path)]) == [{"a"}]
+    assert excluded_keys([("folder", tmp_path)]) == [set()]
+
+
+def test_a_set_that_is_named_twice_is_read_once(tmp_path, clean):
+    (tmp_path / "link").symlink_to(clean)
+    named = [("shards", clean), ("shards", tmp_path / "link")]
+    report = check(named, tmp_path / "out", against=named, workers=1)
+    assert len(report["splits"]) == 3
+    assert report["duplicates"]["file"]["groups"] == 0
+
+
+def test_bytes_that_are_not_those_that_were_packed_are_found(tmp_path, clean):
+    facts = {"source": "roco", "path": "a", "sha256": hashlib.sha256(png(0)).hexdigest()}
+    train = [("a", png(0), "one", facts), ("b", png(1), "two", facts)]
+    # Of other tools' facts the hash may be that of the file before it was resized.
+    train.append(("c", png(2), "three", {"sha256": "0" * 64}))
+    report = checked(write(tmp_path / "packed", train=train), tmp_path / "out")
+    assert by_split(report)["train"]["unreadable"] == 1
+    (row,) = lines(tmp_path / "out" / "skipped.jsonl")
+    assert (row["key"], "not those that were packed" in row["reason"]) == ("b", True)
+
+
+def test_a_check_without_a_pair_that_can_be_used_fails_after_its_report(tmp_path):
+    root = write(tmp_path / "set", train=[("a", b"x", "words", {}), ("b", png(0), "", {})])
+    with pytest.raises(UsageError, match=r"no pair can be used, as .*skipped\.jsonl"):
+        checked(root, tmp_path / "out")
+    assert len(lines(tmp_path / "out" / "skipped.jsonl")) == 2
+    assert "unreadable" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_read_error_does_not_blame_out(tmp_path, clean, monkeypatch):
+    def refuse(self, *_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.glob", refuse)
+    with pytest.raises(UsageError, match=r"shards: .*cannot be read .Permission denied"):
+        checked(clean, tmp_path / "out")
 
 
 def test_a_damaged_list_is_replaced_and_noted(tmp_path, clean):
@@ -359,23 +456,23 @@ def test_a_damaged_exclusion_list_is_refused(tmp_path, text, says):
     path = tmp_path / "exclude.jsonl"
     path.write_text(text)
     with pytest.raises(UsageError, match=says):
-        read_exclusions(path)
+        read_rows(path)
 
 
 def test_an_exclusion_list_that_is_no_text_or_not_there_is_refused(tmp_path):
     path = tmp_path / "exclude.jsonl"
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="is not UTF-8 text"):
-        read_exclusions(path)
+        read_rows(path)
     with pytest.raises(UsageError, match="cannot be read: No such file"):
-        read_exclusions(tmp_path / "none.jsonl")
+        read_rows(tmp_path / "none.jsonl")
 
 
 def test_an_exclusion_list_keeps_every_key(tmp_path):
     keys = ["a", "é/ü", "with space", "\udcff", 'quo"te', "line\nbreak"]
     rows = [{"source": "csv", "key": key, "reason": "same pixels"} for key in keys]
     write_exclusions(tmp_path / "exclude.jsonl", rows)
-    assert read_exclusions(tmp_path / "exclude.jsonl") == {("csv", key) for key in keys}
+    assert [row["key"] for row in read_rows(tmp_path / "exclude.jsonl")] == keys
 
 
 def test_the_list_of_a_set_that_is_a_file_lies_beside_it(tmp_path):

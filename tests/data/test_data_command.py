@@ -170,3 +170,36 @@ def test_the_phantom_says_how_to_train_on_it(tmp_path, capsys):
     for layout, source in (("roco_json", f"roco:{tmp_path / 'roco_json'}"), ("csv", "csv:")):
         main(["phantom", "--layout", layout, "--pairs", "30", "--out", str(tmp_path / layout)])
         assert f"--train-data {source}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["check", "pack"])
+def test_a_separator_that_cannot_be_one_is_one_sentence(tmp_path, capsys, command):
+    (tmp_path / "pairs.csv").write_text("filepath,title\na.jpg,x\n")
+    argv = [command, f"csv:{tmp_path / 'pairs.csv'}", "--out", tmp_path / "out"]
+    assert "must be a single character" in refused(capsys, [*argv, "--csv-separator", "::"])
+
+
+def test_pairs_that_cannot_be_used_at_all_end_with_a_sentence(tmp_path, capsys):
+    (tmp_path / "pairs.csv").write_text("filepath,title,split\na.jpg,x,train\n")
+    for command in ("check", "pack"):
+        source = f"csv:{tmp_path / 'pairs.csv'}"
+        argv = [command, source, "--out", tmp_path / command, "--workers", "1"]
+        assert f"{command}: no pair can be used, as {tmp_path}" in refused(capsys, argv)
+
+
+def test_a_name_that_no_file_can_have_is_one_sentence(tmp_path, capsys):
+    for name in ("csv", "roco", "x" * 300):
+        said = refused(capsys, ["check", f"{name}:{'x' * 300}", "--out", tmp_path / "out"])
+        assert "x" * 300 in said
+        assert "--out" not in said
+
+
+@pytest.mark.parametrize("command", ["check", "pack"])
+def test_a_split_that_cannot_be_read_is_no_split_that_is_absent(tmp_path, capsys, command):
+    Image.new("L", (20, 20)).save(tmp_path / "a.png")
+    row = '{"image_path": "a.png", "caption": "words"}\n'
+    (tmp_path / "radiologytest_dataset.json").write_text(row)
+    argv = [command, f"roco:{tmp_path}", "--workers", "1", "--out"]
+    main([str(argument) for argument in [*argv, tmp_path / "without"]])
+    (tmp_path / "radiologytrain_dataset.json").write_bytes(b"\xff\xfe")
+    assert "is not UTF-8 text" in refused(capsys, [*argv, tmp_path / "with"])

@@ -38,6 +38,14 @@ def _ramp(mode="RGB"):
     return Image.fromarray(ramp).convert("RGB").convert(mode)
 
 
+def _pillow_reads(data):
+    try:
+        Image.open(io.BytesIO(data)).load()
+    except OSError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize(
     ("format", "mode"),
     [
@@ -51,7 +59,10 @@ def _ramp(mode="RGB"):
     ],
 )
 def test_every_mode_becomes_rgb(format, mode):
-    found = _pixels(_ramp(mode), format)
+    image = _ramp(mode)
+    if (format, mode) == ("TIFF", "YCbCr") and not _pillow_reads(_encoded(image, format)):
+        pytest.skip("this Pillow does not read the raw YCbCr TIFF that it writes")
+    found = _pixels(image, format)
     assert found.shape == (16, 16, 3)
     assert found[:, 0].max() < 20
     assert found[:, -1].min() > 235

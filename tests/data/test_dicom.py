@@ -1,3 +1,4 @@
+# ruff: noqa: E402 - the tests need pydicom, which may not be there.
 import io
 import logging
 import subprocess
@@ -6,8 +7,14 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import pydicom
 import pytest
+
+from medfast.data import decode as module
+from medfast.data.decode import ImageError, decode
+from medfast.data.dicom import decode_dicom, is_dicom
+
+pydicom = pytest.importorskip("pydicom")
+
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate, get_frame
@@ -21,10 +28,6 @@ from pydicom.uid import (
     JPEGBaseline8Bit,
     RLELossless,
 )
-
-from medfast.data import decode as module
-from medfast.data.decode import ImageError, decode
-from medfast.data.dicom import decode_dicom, is_dicom
 
 
 def _dataset(pixels, bits=None, signed=False, **elements):
@@ -712,7 +715,8 @@ def test_sequences_within_sequences_without_end_are_an_image_error():
     data = _bytes(_dataset(COLOURS))
     at = data.index(b"\x28\0\x02\0US")
     nest = b"\x08\0\x40\x11SQ\0\0\xff\xff\xff\xff" + b"\xfe\xff\0\xe0\xff\xff\xff\xff"
-    with pytest.raises(ImageError, match="Recursion"):
+    # Where the stack ends within a read, pydicom takes that for the end of the file.
+    with pytest.raises(ImageError, match=r"Recursion|No tag to read"):
         decode(data[:at] + 5000 * nest + data[at:])
 
 

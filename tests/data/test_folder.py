@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from medfast.data import SPLITS
+from medfast.data import SPLITS, read_split
 from medfast.data.folder import read
 from medfast.data.skipped import Skipped
 from medfast.errors import UsageError
@@ -84,3 +84,42 @@ def test_a_folder_that_is_missing_or_a_file_is_refused(tmp_path):
     _write(tmp_path, "a.jpg")
     with pytest.raises(UsageError, match="is a file; name its folder"):
         next(read(tmp_path / "a.jpg", "train"))
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    _write(tmp_path, "train/a.jpg", "train/secret/b.jpg")
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UsageError, match=r"folder: .*secret cannot be read .Permission denied"):
+        read_split("folder", tmp_path, "train")
+
+
+def test_a_named_pipe_is_skipped_and_not_waited_for(tmp_path):
+    _write(tmp_path, "train/a.jpg")
+    _write(tmp_path, "train/b.jpg", caption=None)
+    os.mkfifo(tmp_path / "train" / "b.txt")
+    (bad,) = [r for r in read(tmp_path, "train") if isinstance(r, Skipped)]
+    assert (bad.key, bad.reason) == ("train/b.jpg", "the caption is no plain file")
+
+
+def test_an_empty_split_says_what_to_do(tmp_path):
+    _write(tmp_path / "a", "b.jpg")
+    with pytest.raises(UsageError, match=r"about 100 of them: .* make folders train, validation"):
+        list(read(tmp_path / "a", "validation"))
+    _write(tmp_path / "c", "train/b.jpg")
+    with pytest.raises(UsageError, match=r"holds no test pair\. Put images .* into .*test"):
+        list(read(tmp_path / "c", "test"))
+
+
+@pytest.mark.parametrize("text", ["[]", '{"samples": {"a.jpg": {}}}', '{"samples": []}', "{}"])
+def test_another_programs_sidecar_is_one_sentence(tmp_path, text):
+    _write(tmp_path, "train/a.jpg")
+    (tmp_path / "phantom.json").write_text(text)
+    with pytest.raises(UsageError, match=r"phantom\.json is damaged .* rename the file"):
+        list(read(tmp_path, "train"))

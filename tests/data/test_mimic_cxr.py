@@ -1,4 +1,5 @@
 import gzip
+import os
 
 import pytest
 
@@ -180,3 +181,25 @@ def test_a_missing_column_names_the_columns(tmp_path):
 def test_a_split_without_a_pair_is_refused(tmp_path):
     with pytest.raises(UsageError, match="holds no test pair"):
         list(read(_write(tmp_path, ROWS[:2]), "test"))
+
+
+def test_a_report_that_is_a_named_pipe_is_not_waited_for(tmp_path):
+    table = "dicom_id,study_id,subject_id,split\n"
+    table += "".join(f"d{i},5000000{i},10000032,train\n" for i in (1, 2))
+    (tmp_path / "mimic-cxr-2.0.0-split.csv").write_text(table)
+    folder = tmp_path / "files" / "p10" / "p10000032"
+    folder.mkdir(parents=True)
+    (folder / "s50000001.txt").write_text(REPORT)
+    os.mkfifo(folder / "s50000002.txt")
+    good, bad = read(tmp_path, "train")
+    assert (good.key, bad.key, bad.reason) == ("d1", "d2", "the study has no report")
+
+
+def test_an_id_that_no_file_can_have_is_a_bad_row(tmp_path):
+    table = "dicom_id,study_id,subject_id,split\n"
+    table += f"d1,50000001,10{'1' * 300},train\nd2,50000001,10000032,train\n"
+    (tmp_path / "mimic-cxr-2.0.0-split.csv").write_text(table)
+    (tmp_path / "files" / "p10" / "p10000032").mkdir(parents=True)
+    (tmp_path / "files" / "p10" / "p10000032" / "s50000001.txt").write_text(REPORT)
+    bad, good = read(tmp_path, "train")
+    assert (bad.key, bad.reason, good.key) == ("d1", "the study has no report", "d2")

@@ -515,3 +515,53 @@ def test_two_folders_of_one_source_have_two_names(tmp_path):
     assert set(read.records["train"]) == {"shards", "shards2"}
     pack(read.records, tmp_path / "out", roots=read.roots, workers=1)
     assert len(back(tmp_path / "out")) == 8
+
+
+def test_a_set_that_is_named_twice_is_packed_once(tmp_path):
+    root = _two_splits(tmp_path)
+    (tmp_path / "link").symlink_to(root)
+    read = read_sources([("shards", root), ("shards", tmp_path / "link")], ["train"])
+    assert set(read.records["train"]) == {"shards"}
+
+
+def test_a_list_that_lies_with_one_set_leaves_out_nothing_of_another(tmp_path):
+    root = _two_splits(tmp_path)
+    other = Path(shutil.copytree(root, tmp_path / "second"))
+    records = list(back(root).values())
+    (root / "medfast-exclude.jsonl").write_text(
+        json.dumps({"source": "shards", "key": records[0].key}) + "\n"
+    )
+    read = read_sources([("shards", root), ("shards", other)], ["train"])
+    counts = {name: len(rows) for name, rows in read.records["train"].items()}
+    assert counts == {"shards": len(records) - 1, "shards2": len(records)}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_disk_that_is_full_at_once_does_not_stand_in_the_way_later(tmp_path):
+    records, out = records_in(tmp_path / "in", 3), tmp_path / "out"
+    out.mkdir()
+    # Also what a process that was killed there leaves.
+    (out / "pack.json.part").symlink_to("/dev/full")
+    with pytest.raises(UsageError, match=r"cannot be written: No space left"):
+        packed(records, tmp_path / "in", out, workers=1)
+    assert list(out.iterdir()) == []
+    (out / "pack.json.part").write_text("{")
+    assert packed(records, tmp_path / "in", out, workers=1).samples == {"train": 3}
+
+
+def test_pairs_that_cannot_be_used_at_all_are_refused(tmp_path):
+    records = records_in(tmp_path / "in", 3)
+    for record in records:
+        record.image.write_bytes(b"")
+    with pytest.raises(UsageError, match=r"no pair can be used, as .*skipped\.jsonl"):
+        packed(records, tmp_path / "in", tmp_path / "out", workers=1)
+    assert len((tmp_path / "out" / "skipped.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_shard_that_got_lost_is_missed_by_the_reader(tmp_path):
+    records, out = records_in(tmp_path / "in"), tmp_path / "out"
+    packed(records, tmp_path / "in", out, samples_per_shard=5, workers=1)
+    assert not [item for item in read(out, "train") if isinstance(item, Skipped)]
+    (out / "train" / "000001.tar").unlink()
+    (bad,) = [item for item in read(out, "train") if isinstance(item, Skipped)]
+    assert bad.reason == "the shard is missing: pack.json lists it with 5 samples"

@@ -361,3 +361,12 @@ def test_of_two_writers_of_one_cache_the_first_wins(tmp_path):
     assert cached_phantom(tmp_path, pairs=30, workers=1, progress=overtake) == folder
     assert [path.name for path in folder.iterdir()] == ["theirs"]
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_an_out_that_exists_and_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.write_text", refuse)
+    with pytest.raises(UsageError, match=r"out must be a folder that can be written; .*denied"):
+        write_phantom(tmp_path, pairs=30, workers=1)

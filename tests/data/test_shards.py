@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from medfast.data.records import Record
-from medfast.data.shards import frame, is_credentialed, read, read_index
+from medfast.data.shards import Member, frame, is_credentialed, read, read_index, write_index
 from medfast.data.sources import hash_split
 from medfast.errors import UsageError
 
@@ -402,3 +402,104 @@ def test_reading_needs_no_heavy_package():
     code = "import medfast.data.shards, sys; print(*sys.modules)"
     loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
     assert not {"torch", "numpy", "PIL"} & set(loaded)
+
+
+def _lines(tar):
+    return tar.with_suffix(".idx").read_text().splitlines()
+
+
+def _write_lines(tar, lines):
+    lines[0] = f"v1.2 {len(lines) - 1}"
+    tar.with_suffix(".idx").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("lie", ["offsets", "names"])
+def test_an_index_that_swaps_images_is_not_believed(tmp_path, lie):
+    images = [jpeg(100 * i) for i in range(3)]
+    members = [
+        (name, images[at // 3] if name.endswith("jpg") else data)
+        for at, (name, data) in enumerate(triples(3))
+    ]
+    tar = shard(tmp_path / "train" / "0.tar", members)
+    samples = []
+    with tarfile.open(tar) as archive:
+        for image, *rest in zip(*[iter(archive.getmembers())] * 3, strict=True):
+            samples.append([Member(m.name, m.offset_data, m.size) for m in (image, *rest)])
+    a, b = samples[0][0], samples[1][0]
+    if lie == "offsets":
+        a, b = a._replace(offset=b.offset, size=b.size), b._replace(offset=a.offset, size=a.size)
+    else:
+        a, b = a._replace(name=b.name), b._replace(name=a.name)
+    samples[0][0], samples[1][0] = a, b
+    write_index(tar.with_suffix(".idx"), samples)
+    records, skipped = split(tmp_path)
+    assert [(r.key, r.caption) for r in records] == [(f"00{i}", f"caption {i}") for i in range(3)]
+    assert [r.read() for r in records] == images
+    assert not skipped
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_an_index_that_leaves_out_a_sample_is_not_believed(tmp_path, at):
+    tar = shard(tmp_path / "train" / "0.tar", triples(3))
+    index(tar)
+    lines = _lines(tar)
+    del lines[at]
+    _write_lines(tar, lines)
+    assert len(split(tmp_path)[0]) == 3
+
+
+@pytest.mark.parametrize("what", ["shard", "garbage"])
+def test_what_follows_the_end_of_an_archive_is_reported(tmp_path, what):
+    tar = shard(tmp_path / "train" / "0.tar", [*triples(3), ("9.jpg", jpeg()), ("9.txt", b"9")])
+    more = shard(tmp_path / "b.tar", triples(2, 5)).read_bytes() if what == "shard" else b"x" * 999
+    with tar.open("ab") as file:
+        file.write(more)
+    records, (bad,) = split(tmp_path)
+    # Nothing is cut off, so that the last sample, though it is smaller, is whole.
+    assert len(records) == 4
+    assert "more follows the end of the archive" in bad.reason
+
+
+def test_longer_padding_is_no_trouble(tmp_path):
+    tar = shard(tmp_path / "train" / "0.tar", triples(2))
+    with tar.open("ab") as file:
+        file.write(bytes(2**20))
+    assert [len(part) for part in split(tmp_path)] == [2, 0]
+
+
+def test_shards_and_samples_that_the_manifest_lists_are_missed(tmp_path):
+    for name in ("0", "1"):
+        shard(tmp_path / "train" / f"{name}.tar", triples(2))
+    counts = {"train/0.tar": 2, "train/1.tar": 3, "train/2.tar": 4, "test/0.tar": 5}
+    (tmp_path / "pack.json").write_text(json.dumps({"credentialed": False, "shards": counts}))
+    records, skipped = split(tmp_path)
+    assert len(records) == 4
+    assert {bad.key: bad.reason for bad in skipped} == {
+        "1.tar": "the shard has 2 samples; pack.json lists 3",
+        "2.tar": "the shard is missing: pack.json lists it with 4 samples",
+    }
+
+
+def test_a_shard_that_is_named_alone_is_as_credentialed_as_its_set(tmp_path):
+    tar = shard(tmp_path / "train" / "0.tar", triples(1))
+    assert not is_credentialed("shards", tar)
+    (tmp_path / "pack.json").write_text('{"credentialed": true}')
+    assert is_credentialed("shards", tar)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"credentialed": "no"}', "[" * 99_999])
+def test_a_damaged_manifest_counts_as_credentialed(tmp_path, text):
+    (tmp_path / "pack.json").write_text(text)
+    assert is_credentialed("shards", tmp_path)
+
+
+def test_packed_shards_without_their_manifest_count_as_credentialed(tmp_path):
+    facts = {"key": "a", "source": "mimic_cxr", "path": "a.jpg", "sha256": "0"}
+    members = [("a.jpg", jpeg()), ("a.txt", b"text"), ("a.json", json.dumps(facts).encode())]
+    tar = shard(tmp_path / "train" / "0.tar", members)
+    for root in (tmp_path, tmp_path / "train", tar):
+        assert is_credentialed("shards", root)
+    # The facts of other tools.
+    facts = {"key": "a", "url": "http://x", "sha256": "0"}
+    shard(tar, [*members[:2], ("a.json", json.dumps(facts).encode())])
+    assert not is_credentialed("shards", tmp_path)

@@ -124,3 +124,39 @@ def test_a_missing_file_or_a_folder_is_refused(tmp_path):
         next(read(tmp_path / "none.csv", "train"))
     with pytest.raises(UsageError, match=r"is a folder; name the table in it"):
         next(read(tmp_path, "train"))
+
+
+def test_a_split_that_only_the_first_line_lacks_is_used(tmp_path):
+    rows = [{"split": split} for split in ("train", "validation", "test")]
+    rows = [{"filepath": f"{i}.jpg", "title": "x", **row} for i, row in enumerate([{}, *rows])]
+    path = _file(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), "a.jsonl")
+    assert {s: [r.key for r in part] for s, part in _all(path).items()} == {
+        "train": ["1.jpg"],
+        "validation": ["2.jpg"],
+        "test": ["3.jpg"],
+    }
+    (bad,) = [r for r in read(path, "train") if isinstance(r, Skipped)]
+    assert (bad.key, "got nothing" in bad.reason) == ("line 1", True)
+
+
+def test_keys_are_unique_whatever_the_files_are_called(tmp_path):
+    names = ["a.jpg", "a.jpg", "a.jpg#2", "a.jpg", "a.jpg#2"]
+    rows = "".join(f"{name},x,train\n" for name in names)
+    keys = [r.key for r in read(_file(tmp_path, f"filepath,title,split\n{rows}"), "train")]
+    assert len(set(keys)) == len(names)
+    assert keys[:2] == ["a.jpg", "a.jpg#2"]
+
+
+def test_an_empty_split_says_what_to_do(tmp_path):
+    few = _file(tmp_path, "filepath,title\na.jpg,x\n")
+    with pytest.raises(UsageError, match=r"no validation pair\..* about 100 of them: .*'split'"):
+        list(read(few, "validation"))
+    named = _file(tmp_path, "filepath,title,split\na.jpg,x,train\n", "b.csv")
+    with pytest.raises(UsageError, match=r"no test pair\. Write 'test' into the column 'split'"):
+        list(read(named, "test"))
+
+
+@pytest.mark.parametrize("separator", ["", "::", "\n", '"'])
+def test_a_separator_that_cannot_be_one_is_refused(separator):
+    with pytest.raises(UsageError, match="--csv-separator must be a single character"):
+        Columns(separator=separator)

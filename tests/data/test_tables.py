@@ -1,14 +1,16 @@
 import gzip
 import json
+import os
 import re
 
-import pyarrow as pa
 import pytest
-from pyarrow import parquet
 
 from medfast.data.skipped import Skipped
 from medfast.data.tables import column_names, lines, rows
 from medfast.errors import UsageError
+
+pa = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
 
 ODD = 'Tumeur, "grande"; ação é 胸部\nsecond line'
 WANTED = ("image", "caption")
@@ -118,7 +120,7 @@ def test_a_quotation_mark_that_is_never_closed_is_skipped_from_there_on(tmp_path
         ("[" * 100_000, "no JSON"),
         ('{"image": "b.jpg"}', "has no 'caption'"),
         ("{}", "has no 'image' and no 'caption'"),
-        ('{"image": "b.jpg", "caption": ["x"]}', "'caption' must be text; got list"),
+        ('{"image": "b.jpg", "caption": ["x"]}', "'caption' must be text or a number; got list"),
         ('{"image": "b\\u0000.jpg", "caption": "x"}', "'image' holds a zero byte"),
     ],
 )
@@ -251,3 +253,99 @@ def test_a_table_is_read_row_by_row(tmp_path):
     found = rows(path, WANTED)
     assert next(found) == ("line 2", {"image": "a.jpg", "caption": "x"})
     found.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "last"),
+    [
+        # The next mark is within a later caption, is a later cell's first, or closes one.
+        ('b.jpg,"5 cm mass\nc.jpg,y\nd.jpg,a "quoted" word\n', 5),
+        ('b.jpg,"5 cm mass\nc.jpg,y\nd.jpg,"a, b"\n', 5),
+        ('b.jpg,"5 cm mass\nc.jpg,y\nd.jpg,5"\n', 5),
+        ('b.jpg,"5 cm mass\nc.jpg,4"\n', 4),
+    ],
+)
+def test_rows_that_a_stray_quotation_mark_joins_are_noticed(tmp_path, text, last):
+    path = _write(tmp_path / "t.csv", f"image,caption\na.jpg,x\n{text}z.jpg,z\n")
+    first, bad, end = _read(path)
+    assert (first[1]["image"], end[1]["image"]) == ("a.jpg", "z.jpg")
+    assert bad.key == "line 3"
+    assert f"joins it with the rows up to line {last}" in bad.reason
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "Axial, coronal\nno effusion, no mass",
+        "Findings\n(a) axial, (b) coronal",
+        "Figure 1. CT\n\nsee b, c.jpg",
+        'said ""no""\nand, then',
+    ],
+)
+def test_captions_of_several_lines_are_kept(tmp_path, caption):
+    path = _write(tmp_path / "t.csv", f'image,caption\na.jpg,"{caption}"\nb.jpg,x\n')
+    assert [cells["caption"] for _, cells in _read(path)] == [caption.replace('""', '"'), "x"]
+
+
+def test_the_columns_of_json_are_those_of_all_lines(tmp_path):
+    path = _write(tmp_path / "t.jsonl", '{"image": "a"}\n[1]\n{"split": "x", "image": "b"}\n')
+    assert column_names(path) == ["image", "split"]
+
+
+@pytest.mark.parametrize("text", ['[\n {\n  "image": "a"\n }\n]\n', '[{"image": "a"}]', "", "x\n"])
+def test_json_that_is_no_lines_of_objects_says_what_it_must_be(tmp_path, text):
+    with pytest.raises(UsageError, match=r"must hold a JSON object .* on each line"):
+        column_names(_write(tmp_path / "t.json", text))
+
+
+def test_a_cell_that_is_neither_text_nor_a_number_is_a_bad_row(tmp_path):
+    path = tmp_path / "t.parquet"
+    table = {"image": ["a", "b"], "caption": ["x", "y"], "patient": [["p"], None]}
+    parquet.write_table(pa.table(table), path)
+    bad, good = _read(path, optional=("patient",))
+    assert bad.reason == "its 'patient' must be text or a number; got list"
+    assert good[1]["patient"] is None
+    # Without being asked for, it is no matter.
+    assert len([row for row in _read(path) if not isinstance(row, Skipped)]) == 2
+
+
+def test_decimal_numbers_are_kept(tmp_path):
+    from decimal import Decimal
+
+    path = tmp_path / "t.parquet"
+    parquet.write_table(pa.table({"image": ["a"], "caption": ["x"], "p": [Decimal("17")]}), path)
+    assert _read(path, optional=("p",))[0][1]["p"] == "17"
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_column_that_comes_twice_is_refused(tmp_path, kind):
+    path = tmp_path / f"t.{kind}"
+    if kind == "csv":
+        path.write_text("image,caption,caption\na.jpg,,x\n")
+    else:
+        names = ["image", "caption", "caption"]
+        parquet.write_table(pa.Table.from_arrays([pa.array(["a"])] * 3, names=names), path)
+    with pytest.raises(UsageError, match="has 2 columns 'caption'"):
+        _read(path)
+
+
+def test_a_header_may_be_long_and_holds_no_zero_byte(tmp_path):
+    long = _write(tmp_path / "long.csv", f"image,caption,{'x' * 200_000}\na.jpg,x,y\n")
+    assert column_names(long)[:2] == ["image", "caption"]
+    with pytest.raises(UsageError, match="zero byte in its first line"):
+        column_names(_write(tmp_path / "zero.csv", "image,cap\0tion\na.jpg,x\n"))
+
+
+def test_a_date_that_python_does_not_have_is_one_sentence(tmp_path):
+    path = tmp_path / "t.parquet"
+    dates = pa.array([2**40], pa.timestamp("s"))
+    parquet.write_table(pa.table({"image": ["a"], "caption": ["x"], "patient": dates}), path)
+    with pytest.raises(UsageError, match=r"t\.parquet cannot be read"):
+        _read(path, optional=("patient",))
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.csv.gz"])
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UsageError, match="must be a plain file"):
+        _read(tmp_path / name)

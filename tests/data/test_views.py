@@ -46,6 +46,22 @@ def test_a_square_image_keeps_the_share_asked_for():
         assert (right - left) * (bottom - top) > 0.75 * 100 * 100
 
 
+@pytest.mark.parametrize(("width", "height"), [(100, 100), (512, 384), (600, 20), (20, 600)])
+def test_a_crop_of_any_image_keeps_the_share_asked_for(width, height):
+    rng = random.Random(1)
+    for _ in range(200):
+        left, top, right, bottom = random_box(width, height, 0.8, rng)
+        assert (right - left) * (bottom - top) > 0.8 * width * height - 1e-6
+
+
+def test_a_crop_that_fits_is_nearly_square():
+    rng = random.Random(1)
+    for _ in range(200):
+        left, top, right, bottom = random_box(400, 300, 0.3, rng)
+        if bottom - top < 300:
+            assert 0.9 - 1e-9 < (right - left) / (bottom - top) < 1.1 + 1e-9
+
+
 def test_plain_looks_change_nothing(images):
     assert torch.equal(apply_looks(images, [PLAIN] * 3), images)
 

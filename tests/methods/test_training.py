@@ -56,16 +56,20 @@ def trainer(phantom, tokenizer, tmp_path):
         )
         torch.manual_seed(0)
         method = method_class(key)(impl)
+        model = build_model(preset, tokenizer, method.needs_tokens)
+        method.add_heads(model, preset.head_width)
+        size, extra = preset.image_size, method.extra
+        loader = Loader(records, tokenizer, size, config.batch_size, preset.crop, extra=extra)
         run = RunFolder.create(config)
         return Trainer(
             config=config,
-            model=build_model(preset, tokenizer, method.needs_tokens),
+            model=model,
             method=method,
-            loader=Loader(records, tokenizer, preset.image_size, config.batch_size, preset.crop),
+            loader=loader,
             run=run,
             skipped=SkippedSamples(run.skipped, len(records), 0),
             device=torch.device("cpu"),
-            validate=lambda: {"metrics": {}},
+            validate=lambda: {"metrics": {}, "loss": 0.0},
         )
 
     return make
@@ -76,7 +80,8 @@ def test_everything_that_a_method_uses_is_trained(trainer, key):
     made = trainer(SMALL, key, "auto")
     # The first step leaves out what lies behind a scale that starts at zero.
     for batch in itertools.islice(made.loader.epoch(0), 2):
-        made.train_step(batch)
+        made.train_step([batch])
+    assert all(p.grad.any() for p in made.method.parameters())
     grads = {name: p.grad for name, p in made.model.named_parameters()}
     assert {name for name, grad in grads.items() if grad is None} == (
         HEADS if key == "filip" else set()

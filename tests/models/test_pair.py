@@ -78,3 +78,88 @@ def test_a_method_without_token_features_has_no_projections_for_them():
     assert features.patches is None
     assert features.tokens is None
     assert not any("patch" in name or "token_pro" in name for name, _ in model.named_parameters())
+
+
+# Without dropout, batch statistics and the full shape's size.
+SMALL_VIT = dataclasses.replace(
+    PRESETS["vit_b16_clip"],
+    image_size=64,
+    image_args={"depth": 2, "embed_dim": 64, "num_heads": 2},
+    text={
+        **PRESETS["vit_b16_clip"].text,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    },
+    embed_dim=32,
+)
+
+
+@pytest.mark.parametrize("preset", [PRESETS["tiny"], SMALL_VIT])
+def test_weights_in_bf16_leave_the_scale_and_the_pixels_in_fp32(preset):
+    model = _model(preset)
+    images = _images(preset)
+    want = model(images, IDS, MASK)
+    model.cast(torch.bfloat16)
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    assert dtypes.pop("logit_scale") == torch.float32
+    assert set(dtypes.values()) == {torch.bfloat16}
+    tower = model.image_tower
+    assert tower.mean.dtype == tower.std.dtype == torch.float32
+    assert tower.dtype == torch.bfloat16
+    found = model(images, IDS, MASK)
+    for name in ("image", "text"):
+        got, exact = getattr(found, name), getattr(want, name)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.norm(dim=-1), torch.ones(2))
+        assert (got * exact).sum(-1).min() > 0.999
+    for name in ("patches", "tokens"):
+        got, exact = getattr(found, name), getattr(want, name)
+        assert got.dtype == torch.bfloat16
+        assert (got.float() - exact).norm() < 0.05 * exact.norm()
+
+
+def test_pixels_are_normalised_before_they_are_rounded_to_bf16():
+    """bf16 holds 8 bits: a difference of two rounded numbers would have fewer."""
+    model = _model(PRESETS["tiny"])
+    model.cast(torch.bfloat16)
+    seen = []
+    trunk = model.image_tower.trunk
+    forward = trunk.forward_features
+    trunk.forward_features = lambda pixels: seen.append(pixels) or forward(pixels)
+    images = _images(PRESETS["tiny"])
+    model.encode_image(images)
+    want = ((images - 0.5 * 255) / (0.25 * 255)).bfloat16()
+    assert torch.equal(seen[0], want)
+
+
+def _loss_and_saved_bytes(preset, checkpoints):
+    model = _model(preset)
+    if checkpoints:
+        model.checkpoint_activations()
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        features = model(_images(preset), IDS, MASK)
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    loss = features.logit_scale * (features.image @ features.text.T)[0, 1]
+    loss = loss + (features.patches.sum() + features.tokens.sum()) / 100
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    return loss, grads, sum(size for place, size in kept.items() if place not in own)
+
+
+@pytest.mark.parametrize("preset", [PRESETS["tiny"], SMALL_VIT])
+def test_checkpointed_activations_change_nothing_but_memory(preset):
+    loss, grads, kept = _loss_and_saved_bytes(preset, checkpoints=False)
+    again, grads_again, less = _loss_and_saved_bytes(preset, checkpoints=True)
+    torch.testing.assert_close(again, loss)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grads_again[name], grad, msg=lambda text, n=name: f"{n}: {text}")
+    assert less < 0.75 * kept

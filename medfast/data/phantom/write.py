@@ -83,10 +83,13 @@ def write_phantom(
     _make_folder(out)
     kind, place = DOMAINS[domain], LAYOUTS[layout]
     samples = kind.samples(pairs, seed)
-    for name, text in place.texts(samples, kind.caption):
-        path = out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8", newline="\n")
+    try:
+        for name, text in place.texts(samples, kind.caption):
+            path = out / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise _unwritable(out, error) from error
     write = partial(_write_chunk, out, layout, domain)
     with closing(_write_images(write, samples, workers or os.cpu_count() or 1)) as counts:
         for done in accumulate(counts):

@@ -1,0 +1,1 @@
+"""`python -m medfast.study`: methods, seeds and initialisations under one budget, compared."""
