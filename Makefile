@@ -2,8 +2,6 @@
 # and types. `make bench`: the benchmarks, a quarter of an hour. `make slow`: what takes longer.
 # A file in .venv marks each finished installation, so that it is not repeated.
 PYTHON ?= python3
-# Tests that run at a time, on one thread each: small ones gain nothing from more.
-JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 BUILD := pyproject.toml setup.py $(shell find csrc -type f)
@@ -14,7 +12,7 @@ demo: $(VENV)/installed-train
 	$(BIN)/python -m medfast.train --method local --fused-loss
 
 test: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest
 
 bench: $(VENV)/installed-test
 	$(BIN)/python -m pytest --benchmark-only

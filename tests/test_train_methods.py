@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from medfast import checkpoint, train
+from medfast.evals.encode import Embeddings
 from medfast.methods import METHODS
 
 SHORT = ["--epochs", "2", "--batch-size", "16", "--workers", "0", "--warmup", "2"]
@@ -117,24 +118,27 @@ def test_a_partly_locked_run_goes_on_without_its_source(phantom, general, tmp_pa
 
 
 def test_a_run_stops_when_the_validation_loss_rises_and_takes_its_best_epoch(
-    phantom, tmp_path, capsys
+    phantom, tmp_path, capsys, monkeypatch
 ):
-    # So high a rate only ever makes it worse.
-    more = ("--method", "clip", "--lr", "0.1", "--epochs", "9", "--early-stop", "2", *SMALL)
+    given = iter([3.0, 2.0, 2.5, 2.1, 1.0])
+    monkeypatch.setattr(Embeddings, "loss", lambda self, scale: next(given))
+    more = ("--method", "clip", "--epochs", "9", "--early-stop", "2", *SMALL)
     train.main(_argv(phantom, tmp_path, *more))
     run = tmp_path / "a"
     losses = [row["loss"] for row in _rows(run) if row["kind"] == "validation"]
-    best = losses.index(min(losses)) + 1
-    assert len(losses) == best + 2 < 9
-    assert f"the weights of epoch {best} had the lowest validation loss" in capsys.readouterr().err
-    assert _state(run, "best.pt")["epoch"] == best
+    assert losses == [3.0, 2.0, 2.5, 2.1]
+    assert "the weights of epoch 2 had the lowest validation loss" in capsys.readouterr().err
+    best = _state(run, "best.pt")
+    assert best["epoch"] == 2
+    # The last checkpoint is that of the last epoch, from which the run could go on.
+    last = _state(run, "epoch_4.pt")["state_dict"]
+    assert not torch.equal(last["logit_scale"], best["state_dict"]["logit_scale"])
     results = (run / "results.jsonl").read_text()
     train.main(["--resume", "latest", "--logs", str(tmp_path)])
-    assert len([row for row in _rows(run) if row["kind"] == "validation"]) == len(losses)
-    again = [
-        json.loads(line)["metrics"] for line in (run / "results.jsonl").read_text().splitlines()
-    ]
-    assert again == [json.loads(line)["metrics"] for line in results.splitlines()]
+    assert [row["loss"] for row in _rows(run) if row["kind"] == "validation"] == losses
+    again = (run / "results.jsonl").read_text()
+    for first, second in zip(results.splitlines(), again.splitlines(), strict=True):
+        assert json.loads(second)["metrics"] == json.loads(first)["metrics"]
 
 
 @pytest.mark.parametrize("precision", ["amp", "pure_bf16"])
