@@ -22,17 +22,14 @@ def describe(config: TrainConfig, method: Method) -> str:
     from torch import nn
 
     from medfast.cost import estimate
-    from medfast.models.pair import ImageTextModel
+    from medfast.models.pair import ImageTextModel, build_model
 
     preset = config.preset
-    tokenizer = parts.published_tokenizer(config)
+    tokenizer = parts.published_tokenizer(config, method)
     if tokenizer is not None:
-        if method.extra.masked:
-            tokenizer.ensure_mask_token()
-        vocab_size, special_ids = len(tokenizer), tokenizer.special_ids
+        model = build_model(preset, tokenizer, method.needs_tokens)
     else:
-        vocab_size, special_ids = preset.vocab_size, {}
-    model = ImageTextModel(preset, vocab_size, special_ids, method.needs_tokens)
+        model = ImageTextModel(preset, preset.vocab_size, {}, method.needs_tokens)
     parts.load_pretrained_weights(config, model)
     parts.prepare(config, method, model)
 
@@ -51,15 +48,15 @@ def describe(config: TrainConfig, method: Method) -> str:
     steps = max(1, pairs // size)
     in_parts = f", in {config.accum_freq} parts" if config.accum_freq > 1 else ""
     cost = estimate(config, model, method)
-    memory = ", ".join(f"{name} {_megabytes(size)}" for name, size in cost.memory.items())
+    memory = ", ".join(f"{name} {_megabytes(part)}" for name, part in cost.memory.items())
     lines = [
         f"method    {config.method}: loss = {terms}, implementation {config.fused_loss}",
         f"beyond the main view and the caption: {_beyond(method)}",
         f"model     {config.model}: {preset.image} at {preset.image_size} px, "
         f"{preset.text['model_type']} of {preset.context_length} tokens, D {preset.embed_dim}",
         f"parameters {millions(both)}, trained {millions(both, trained=True)} (image tower "
-        f"{millions(model.image_tower)}, text tower {millions(model.text_tower)} at {vocab_size} "
-        f"tokens, heads {millions(method)})",
+        f"{millions(model.image_tower)}, text tower {millions(model.text_tower)} "
+        f"at {model.text_tower.vocab_size} tokens, heads {millions(method)})",
         f"compute   {cost.flops_per_pair / 1e9:.2f} GFLOP per pair in towers and heads, forward "
         f"and backward, at {preset.context_length} tokens",
         f"memory    about {_megabytes(cost.total_memory)} ({memory})",

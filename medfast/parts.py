@@ -122,18 +122,18 @@ def load_tokenizer(
     preset = config.preset
     if run.tokenizer.is_dir():
         return Tokenizer.load(run.tokenizer, preset.context_length)
-    tokenizer = published_tokenizer(config)
+    tokenizer = published_tokenizer(config, method)
     if tokenizer is None:
         captions = (record.caption for record in records if record.caption)
         tokenizer = Tokenizer.train(captions, preset.vocab_size, preset.context_length)
-    if method.extra.masked:
-        tokenizer.ensure_mask_token()
     tokenizer.save(run.tokenizer)
     return tokenizer
 
 
-def published_tokenizer(config: TrainConfig) -> Tokenizer | None:
+def published_tokenizer(config: TrainConfig, method: Method) -> Tokenizer | None:
     """Return the tokenizer that is asked for or belongs to pretrained weights, if any.
+
+    It has a mask token if the method needs one, as one that is trained for a run always has.
 
     Raises:
         UsageError: it takes fewer tokens than --force-context-length.
@@ -151,6 +151,8 @@ def published_tokenizer(config: TrainConfig) -> Tokenizer | None:
             f"model_max_length of the tokenizer in {folder}; got {length}. Raise it there, in "
             "tokenizer_config.json, if the tower is to learn more positions."
         )
+    if method.extra.masked:
+        tokenizer.ensure_mask_token()
     return tokenizer
 
 
@@ -177,8 +179,8 @@ def new_method(config: TrainConfig, device: torch.device) -> Method:
     method = cls(config.fused_loss, config.group_positives, config.term_weights)
     method.check_impl(device)
     for tower, is_locked, kept, unlocked in (
-        *(("image", locks_image(config, method), "groups", config.lock_image_unlocked_groups),),
-        *(("text", config.lock_text, "layers", config.lock_text_unlocked_layers),),
+        ("image", locks_image(config, method), "groups", config.lock_image_unlocked_groups),
+        ("text", config.lock_text, "layers", config.lock_text_unlocked_layers),
     ):
         if unlocked and not is_locked:
             raise UsageError(
@@ -266,7 +268,7 @@ def load_pretrained_weights(config: TrainConfig, model: ImageTextModel) -> None:
 
         loaded = load_pretrained(model, source, part)
         has_words = any(own.startswith("text_tower.") for own in loaded.loaded)
-        if has_words and published_tokenizer(config) is None:
+        if has_words and _tokenizer_folder(config) is None:
             raise UsageError(
                 f"{flag(name)}: {source} has weights of a text tower, but not the tokenizer by "
                 "which they were trained; name its folder with --tokenizer, or load the image "

@@ -112,8 +112,11 @@ class Trainer:
 
     def _is_stalled(self) -> bool:
         """Return whether the last epochs brought no lower validation loss."""
-        losses, wait = self._validation_losses(), self.config.early_stop
-        return 0 < wait < len(losses) and min(losses[:-wait]) <= min(losses[-wait:])
+        wait = self.config.early_stop
+        if wait == 0:
+            return False
+        losses = self._validation_losses()
+        return wait < len(losses) and min(losses[:-wait]) <= min(losses[-wait:])
 
     def _take_best(self) -> None:
         """Go back to the weights of the epoch with the lowest validation loss."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,10 +46,7 @@ def clip_loss(
     chosen = dispatch.choose("clip_loss", impl, image)
     with torch.autocast(image.device.type, enabled=False):
         sizes = ring.sizes(image)
-        if chosen == "reference":
-            sums = gathered_log_sum_exps(image, text, scale, ring, sizes)
-        else:
-            sums = ring_log_sum_exps(image, text, scale, ring, chosen)
+        sums = _log_sum_exps(image, text, scale, ring, sizes, chosen)
         return pairwise.cross_entropy_of_sums(*sums) * share(ring, sizes)
 
 
@@ -85,15 +83,15 @@ def siglip_loss(
     with torch.autocast(image.device.type, enabled=False):
         sizes = ring.sizes(image)
         if chosen == "reference":
-            dtype = torch.promote_types(image.dtype, torch.float32)
+            dtype = summable(image)
             texts = gathered(text, ring, sizes).to(dtype)
             logits = scale * image.to(dtype) @ texts.T + bias
             labels = torch.full_like(logits, -1.0)
             labels.diagonal(ring.spans(sizes)[ring.rank].start).fill_(1)
-            total = pairwise.softplus(-labels * logits).sum()
+            summed = pairwise.softplus(-labels * logits).sum()
         else:
-            total = ring_sigmoid_sum(image, text, scale, bias, ring, chosen)
-        return total / len(image) * share(ring, sizes)
+            summed = ring_sigmoid_sum(image, text, scale, bias, ring, sizes, chosen)
+        return summed / len(image) * share(ring, sizes)
 
 
 def simclr_loss(
@@ -125,12 +123,7 @@ def simclr_loss(
     chosen = dispatch.choose("simclr_loss", impl, first)
     with torch.autocast(first.device.type, enabled=False):
         sizes = ring.sizes(first)
-
-        def sums(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            if chosen == "reference":
-                return gathered_log_sum_exps(rows, columns, scale, ring, sizes)
-            return ring_log_sum_exps(rows, columns, scale, ring, chosen)
-
+        sums = partial(_log_sum_exps, scale=scale, ring=ring, sizes=sizes, impl=chosen)
         return of_sums(first, second, sums) * share(ring, sizes)
 
 
@@ -165,8 +158,16 @@ def cyclip_loss(
         return cyclip.from_grams(differences, totals, mixed, sum(sizes))
 
 
+def _log_sum_exps(
+    rows: Tensor, columns: Tensor, scale: Tensor, ring: Ring, sizes: Sequence[int], impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    if impl == "reference":
+        return gathered_log_sum_exps(rows, columns, scale, ring, sizes)
+    return ring_log_sum_exps(rows, columns, scale, ring, sizes, impl)
+
+
 def ring_log_sum_exps(
-    rows: Tensor, columns: Tensor, logit_scale: Tensor, ring: Ring, impl: str
+    rows: Tensor, columns: Tensor, logit_scale: Tensor, ring: Ring, sizes: Sequence[int], impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return own logits and the log-sum-exps without them, over the pairs of all ranks.
 
@@ -179,20 +180,26 @@ def ring_log_sum_exps(
         columns: [B, D], of the rows' dtype; row i and column i are a pair.
         logit_scale: [].
         ring: The ranks.
+        sizes: Pairs of every rank.
         impl: "cpu", "triton" or "torch".
 
     Returns:
         own [B], r [B], c [B].
     """
-    return _RingLogSumExps.apply(rows, columns, logit_scale, ring, impl)
+    return _RingLogSumExps.apply(rows, columns, logit_scale, ring, sizes, impl)
 
 
 class _RingLogSumExps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, columns: Tensor, logit_scale: Tensor, ring: Ring, impl: str
+        ctx: Any,
+        rows: Tensor,
+        columns: Tensor,
+        logit_scale: Tensor,
+        ring: Ring,
+        sizes: Sequence[int],
+        impl: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        sizes = ring.sizes(rows)
         spans = ring.spans(sizes)
         row_lse = rows.new_full((len(rows),), -torch.inf, dtype=summable(rows))
         column_lse = row_lse.new_full((sum(sizes),), -torch.inf)
@@ -227,11 +234,17 @@ class _RingLogSumExps(torch.autograd.Function):
             )
 
         d_x, d_y, d_scale = gradients_around(ring, sizes, columns, block_gradients)
-        return d_x.to(rows.dtype), d_y.to(columns.dtype), d_scale, None, None
+        return d_x.to(rows.dtype), d_y.to(columns.dtype), d_scale, None, None, None
 
 
 def ring_sigmoid_sum(
-    rows: Tensor, columns: Tensor, logit_scale: Tensor, logit_bias: Tensor, ring: Ring, impl: str
+    rows: Tensor,
+    columns: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    ring: Ring,
+    sizes: Sequence[int],
+    impl: str,
 ) -> Tensor:
     """Return the summed sigmoid loss of this rank's rows and the columns of all ranks.
 
@@ -244,9 +257,10 @@ def ring_sigmoid_sum(
         logit_scale: [].
         logit_bias: [].
         ring: The ranks.
+        sizes: Pairs of every rank.
         impl: "cpu", "triton" or "torch".
     """
-    return _RingSigmoidSum.apply(rows, columns, logit_scale, logit_bias, ring, impl)
+    return _RingSigmoidSum.apply(rows, columns, logit_scale, logit_bias, ring, sizes, impl)
 
 
 class _RingSigmoidSum(torch.autograd.Function):
@@ -258,9 +272,9 @@ class _RingSigmoidSum(torch.autograd.Function):
         logit_scale: Tensor,
         logit_bias: Tensor,
         ring: Ring,
+        sizes: Sequence[int],
         impl: str,
     ) -> Tensor:
-        sizes = ring.sizes(rows)
         ctx.save_for_backward(rows, columns, logit_scale, logit_bias)
         ctx.ring, ctx.impl, ctx.sizes = ring, impl, sizes
         parts = [
@@ -283,14 +297,14 @@ class _RingSigmoidSum(torch.autograd.Function):
 
         gradients = gradients_around(ring, ctx.sizes, columns, block_gradients)
         d_x, d_y, *d_scalars = gradients
-        return d_x.to(rows.dtype), d_y.to(columns.dtype), *d_scalars, None, None
+        return d_x.to(rows.dtype), d_y.to(columns.dtype), *d_scalars, None, None, None
 
 
 def gathered_log_sum_exps(
     image: Tensor, text: Tensor, scale: Tensor, ring: Ring, sizes: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `ring_log_sum_exps` does, by its definition."""
-    dtype = torch.promote_types(image.dtype, torch.float32)
+    dtype = summable(image)
     images, texts = (gathered(x, ring, sizes).to(dtype) for x in (image, text))
     by_image = scale * image.to(dtype) @ texts.T
     by_text = scale * text.to(dtype) @ images.T

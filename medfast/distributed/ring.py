@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from medfast.ops.tiles import summable
+
 
 class Transfer:
     """A block on its way: sent to the next rank, while that of the previous one arrives.
@@ -98,11 +100,15 @@ class Ring:
         dist.all_reduce(sums, group=self.group)
         return most + sums.log()
 
-    def mean(self, value: Tensor) -> Tensor:
-        """Return the mean of the ranks' values, without gradient."""
-        total = value.detach().clone()
-        dist.all_reduce(total, group=self.group)
-        return total / self.world
+    def sum(self, own: Tensor) -> Tensor:
+        """Return the sum of the ranks' tensors, without gradient."""
+        everything = own.detach().clone()
+        dist.all_reduce(everything, group=self.group)
+        return everything
+
+    def mean(self, own: Tensor) -> Tensor:
+        """Return the mean of the ranks' tensors, without gradient."""
+        return self.sum(own) / self.world
 
     def _peer(self, rank: int) -> int:
         rank %= self.world
@@ -130,7 +136,7 @@ def gradients_around(
     travelling: Transfer | None = None
     for owner, block in ring.blocks(columns, sizes):
         d_rows, d_block, *d_scalars = block_gradients(owner, block)
-        dtype = torch.promote_types(d_block.dtype, torch.float32)
+        dtype = summable(d_block)
         found = [d_rows.to(dtype), *d_scalars]
         totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
         d_block = d_block.to(dtype)
@@ -163,9 +169,7 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_everything: Tensor) -> tuple[Tensor | None, ...]:
-        total = d_everything.clone()
-        dist.all_reduce(total, group=ctx.ring.group)
-        return total[ctx.span], None, None
+        return ctx.ring.sum(d_everything)[ctx.span], None, None
 
 
 def total(own: Tensor, ring: Ring) -> Tensor:
@@ -177,15 +181,11 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, ring: Ring) -> Tensor:
         ctx.ring = ring
-        everything = own.clone()
-        dist.all_reduce(everything, group=ring.group)
-        return everything
+        return ring.sum(own)
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        everything = d_total.clone()
-        dist.all_reduce(everything, group=ctx.ring.group)
-        return everything, None
+        return ctx.ring.sum(d_total), None
 
 
 def share(ring: Ring, sizes: Sequence[int]) -> float:
