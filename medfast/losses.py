@@ -24,7 +24,8 @@ class ClipLoss(nn.Module):
         cache_labels: Accepted and without effect: there are no label tensors to cache.
         rank: This process's number.
         world_size: Number of processes that `torch.distributed` runs. With several, text features
-            travel from each to the next; none ever holds all.
+            travel from each to the next, and none ever holds all; small ones are gathered, as
+            `medfast.distributed.Ring` says.
         use_horovod: Accepted for callers of older versions and ignored.
         impl: Implementation, as in `medfast.ops.clip_loss`.
 
@@ -92,7 +93,7 @@ class ClipLoss(nn.Module):
             logit_bias: Accepted as in open_clip; a softmax does not change with it, and its
                 gradient is zero.
             output_dict: Return {"contrastive_loss": loss}.
-            positives: Group ids, int64 [B]; in a single process only.
+            positives: Group ids, int64 [B], which mean the same on every process.
 
         Raises:
             ValueError: a feature has the wrong shape or dtype.
@@ -102,16 +103,13 @@ class ClipLoss(nn.Module):
         if self.world_size == 1:
             loss = ops.clip_loss(*features, logit_scale, positives=positives, impl=self.impl)
         else:
-            if positives is not None:
-                raise ValueError(
-                    "ClipLoss: positives must be None with several processes; got ids. Groups "
-                    "across processes are not supported yet."
-                )
             _check_processes("ClipLoss", self.world_size)
             from medfast import distributed
 
             ring = distributed.Ring()
-            loss = distributed.clip_loss(*features, logit_scale, ring, impl=self.impl)
+            loss = distributed.clip_loss(
+                *features, logit_scale, ring, positives=positives, impl=self.impl
+            )
             if not self.local_loss:
                 loss = _with_value(loss, ring.mean(loss))
         if isinstance(logit_bias, Tensor):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medfast.distributed.positives import agreement, gathered_agreement
 from medfast.distributed.ring import Ring, gathered, gradients_around, share, total
 from medfast.ops import dispatch, pairwise
 from medfast.ops.clip.autograd import clip_loss_bwd, clip_loss_fwd
@@ -20,7 +21,13 @@ from medfast.ops.tiles import summable
 
 
 def clip_loss(
-    image: Tensor, text: Tensor, logit_scale: float | Tensor, ring: Ring, *, impl: str = "auto"
+    image: Tensor,
+    text: Tensor,
+    logit_scale: float | Tensor,
+    ring: Ring,
+    *,
+    positives: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """Return this rank's part of `medfast.ops.clip_loss` over the pairs of all ranks.
 
@@ -34,6 +41,8 @@ def clip_loss(
         text: Text features of this rank [B, D].
         logit_scale: The inverse temperature, the same on every rank.
         ring: The ranks.
+        positives: Group ids of this rank's pairs, int64 [B]; pairs of equal id are positives of one
+            another on whatever ranks. None on all ranks stands for the diagonal alone.
         impl: As in `medfast.ops.clip_loss`.
 
     Raises:
@@ -41,13 +50,19 @@ def clip_loss(
         RuntimeError: `impl` cannot run here.
     """
     dispatch.check_features("clip_loss", image=(image, "B D"), text=(text, "B D"))
+    if positives is not None:
+        dispatch.check_ids("clip_loss", "positives", positives, image, "pair")
     image, text = dispatch.autocast(image, text)
     scale = dispatch.as_scalar("clip_loss", "logit_scale", logit_scale, image)
     chosen = dispatch.choose("clip_loss", impl, image)
     with torch.autocast(image.device.type, enabled=False):
         sizes = ring.sizes(image)
         sums = _log_sum_exps(image, text, scale, ring, sizes, chosen)
-        return pairwise.cross_entropy_of_sums(*sums) * share(ring, sizes)
+        loss = pairwise.cross_entropy_of_sums(*sums)
+        if positives is not None:
+            of_groups = gathered_agreement if chosen == "reference" else agreement
+            loss = loss + scale * of_groups(image, text, positives, ring, sizes) / len(image)
+        return loss * share(ring, sizes)
 
 
 def siglip_loss(
@@ -200,40 +215,42 @@ class _RingLogSumExps(torch.autograd.Function):
         sizes: Sequence[int],
         impl: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        spans = ring.spans(sizes)
+        place = ring.spans(sizes)[ring.rank]
         row_lse = rows.new_full((len(rows),), -torch.inf, dtype=summable(rows))
         column_lse = row_lse.new_full((sum(sizes),), -torch.inf)
         own = row_lse
-        for owner, block in ring.blocks(columns, sizes):
-            offset = _offset(ring, owner, block)
+        for span, (block,) in ring.blocks(sizes, columns):
+            offset = place.start - span.start
             found, r, c, _ = clip_loss_fwd(rows, block, logit_scale, offset, impl, False)
-            own = found if owner == ring.rank else own
+            # -inf where the block does not have the own column.
+            own = torch.maximum(own, found)
             row_lse = torch.logaddexp(row_lse, r)
-            column_lse[spans[owner]] = c
+            column_lse[span] = c
         column_lse = ring.merged(column_lse)
-        ctx.save_for_backward(rows, columns, logit_scale, own, row_lse, column_lse)
+        ctx.save_for_backward(rows, columns, block, logit_scale, own, row_lse, column_lse)
         ctx.ring, ctx.impl, ctx.sizes = ring, impl, sizes
-        return own, row_lse, column_lse[spans[ring.rank]].clone()
+        return own, row_lse, column_lse[place].clone()
 
     @staticmethod
     def backward(
         ctx: Any, d_own: Tensor, d_rows: Tensor, d_columns: Tensor
     ) -> tuple[Tensor | None, ...]:
-        rows, columns, logit_scale, own, row_lse, column_lse = ctx.saved_tensors
+        rows, columns, last, logit_scale, own, row_lse, column_lse = ctx.saved_tensors
         ring, sizes = ctx.ring, ctx.sizes
-        spans = ring.spans(sizes)
+        place = ring.spans(sizes)[ring.rank]
         # A column's sum is also over rows of other ranks, which need its gradient.
-        d_all = ring.spread(d_columns.contiguous(), sizes)
+        d_all = ring.gather(d_columns, sizes)
+        nothing = torch.zeros_like(d_own)
 
-        def block_gradients(owner: int, block: Tensor) -> tuple[Tensor, ...]:
-            span = spans[owner]
+        def block_gradients(span: slice, block: Tensor) -> tuple[Tensor, ...]:
+            has_own = span.start <= place.start < span.stop
             return clip_loss_bwd(
-                *(d_own if owner == ring.rank else torch.zeros_like(d_own), d_rows, d_all[span]),
-                *(rows, block, logit_scale, _offset(ring, owner, block)),
+                *(d_own if has_own else nothing, d_rows, d_all[span]),
+                *(rows, block, logit_scale, place.start - span.start),
                 *(own, row_lse, column_lse[span], own.new_empty(0, 0), ctx.impl, [True] * 3),
             )
 
-        d_x, d_y, d_scale = gradients_around(ring, sizes, columns, block_gradients)
+        d_x, d_y, d_scale = gradients_around(ring, sizes, [columns], [last], block_gradients)
         return d_x.to(rows.dtype), d_y.to(columns.dtype), d_scale, None, None, None
 
 
@@ -275,27 +292,29 @@ class _RingSigmoidSum(torch.autograd.Function):
         sizes: Sequence[int],
         impl: str,
     ) -> Tensor:
-        ctx.save_for_backward(rows, columns, logit_scale, logit_bias)
+        start = ring.spans(sizes)[ring.rank].start
+        parts = []
+        for span, (block,) in ring.blocks(sizes, columns):
+            offset = start - span.start
+            parts.append(sigmoid_sum(rows, block, logit_scale, logit_bias, offset, impl))
+        ctx.save_for_backward(rows, columns, block, logit_scale, logit_bias)
         ctx.ring, ctx.impl, ctx.sizes = ring, impl, sizes
-        parts = [
-            sigmoid_sum(rows, block, logit_scale, logit_bias, _offset(ring, owner, block), impl)
-            for owner, block in ring.blocks(columns, sizes)
-        ]
         return torch.stack(parts).sum()
 
     @staticmethod
     def backward(ctx: Any, d_sum: Tensor) -> tuple[Tensor | None, ...]:
-        rows, columns, logit_scale, logit_bias = ctx.saved_tensors
-        ring = ctx.ring
+        rows, columns, last, logit_scale, logit_bias = ctx.saved_tensors
+        ring, sizes = ctx.ring, ctx.sizes
+        start = ring.spans(sizes)[ring.rank].start
 
-        def block_gradients(owner: int, block: Tensor) -> tuple[Tensor, ...]:
+        def block_gradients(span: slice, block: Tensor) -> tuple[Tensor, ...]:
             inputs = (rows, block, logit_scale, logit_bias)
             x, y, scale, bias = leaves = [t.detach().requires_grad_() for t in inputs]
             with torch.enable_grad():
-                part = sigmoid_sum(x, y, scale, bias, _offset(ring, owner, block), ctx.impl)
+                part = sigmoid_sum(x, y, scale, bias, start - span.start, ctx.impl)
             return torch.autograd.grad(part, leaves, d_sum)
 
-        gradients = gradients_around(ring, ctx.sizes, columns, block_gradients)
+        gradients = gradients_around(ring, sizes, [columns], [last], block_gradients)
         d_x, d_y, *d_scalars = gradients
         return d_x.to(rows.dtype), d_y.to(columns.dtype), *d_scalars, None, None, None
 
@@ -312,8 +331,3 @@ def gathered_log_sum_exps(
     own.diagonal(ring.spans(sizes)[ring.rank].start).fill_(True)
     rows, columns = (x.masked_fill(own, -torch.inf).logsumexp(1) for x in (by_image, by_text))
     return by_image[own], rows, columns
-
-
-def _offset(ring: Ring, owner: int, block: Tensor) -> int:
-    """Return the offset of pairs within a block: none lie in that of another rank."""
-    return 0 if owner == ring.rank else len(block)

@@ -182,8 +182,7 @@ def ring_scores(
         sizes: Pairs of every rank.
     """
     longest = torch.tensor(tokens.shape[1], device=tokens.device)
-    dist.all_reduce(longest, dist.ReduceOp.MAX, ring.group)
-    more = int(longest.item()) - tokens.shape[1]
+    more = int(ring.all_reduce(longest, dist.ReduceOp.MAX).item()) - tokens.shape[1]
     tokens, token_mask = F.pad(tokens, (0, 0, 0, more)), F.pad(token_mask, (0, more))
     return _RingScores.apply(score, token_mask, ring, sizes, patches, tokens, *scalars)
 
@@ -200,37 +199,35 @@ class _RingScores(torch.autograd.Function):
         tokens: Tensor,
         *scalars: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(token_mask, patches, tokens, *scalars)
-        ctx.score, ctx.ring, ctx.sizes = score, ring, sizes
         found: dict[int, tuple[Tensor, ...]] = {}
         # Not every backend sends bool.
-        masks = ring.blocks(token_mask.to(torch.uint8), sizes)
-        for owner, block in ring.blocks(tokens, sizes):
-            _, mask = next(masks)
-            found[owner] = score(patches, block, mask.bool(), *scalars)
+        captions = [tokens, token_mask.to(torch.uint8)]
+        for span, last in ring.blocks(sizes, *captions):
+            block, mask = last
+            found[span.start] = score(patches, block, mask.bool(), *scalars)
+        ctx.save_for_backward(patches, *scalars, *captions, *last)
+        ctx.score, ctx.ring, ctx.sizes = score, ring, sizes
         return tuple(
             torch.cat(of_all, dim=1)
-            for of_all in zip(*(found[owner] for owner in range(ring.world)), strict=True)
+            for of_all in zip(*(found[start] for start in sorted(found)), strict=True)
         )
 
     @staticmethod
     def backward(ctx: Any, *d_scores: Tensor) -> tuple[Tensor | None, ...]:
-        token_mask, patches, tokens, *scalars = ctx.saved_tensors
-        ring, sizes = ctx.ring, ctx.sizes
-        spans = ring.spans(sizes)
-        masks = ring.blocks(token_mask.to(torch.uint8), sizes)
+        patches, *others = ctx.saved_tensors
+        scalars, captions, last = others[:-4], others[-4:-2], others[-2:]
 
-        def block_gradients(owner: int, block: Tensor) -> tuple[Tensor, ...]:
-            _, mask = next(masks)
+        def block_gradients(span: slice, block: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
             x, y, *temps = leaves = [
                 t.detach().requires_grad_() for t in (patches, block, *scalars)
             ]
             with torch.enable_grad():
                 scores = ctx.score(x, y, mask.bool(), *temps)
-            return torch.autograd.grad(scores, leaves, [d[:, spans[owner]] for d in d_scores])
+            return torch.autograd.grad(scores, leaves, [d[:, span] for d in d_scores])
 
-        d_x, d_y, *d_temps = gradients_around(ring, sizes, tokens, block_gradients)
-        return None, None, None, None, d_x.to(patches.dtype), d_y.to(tokens.dtype), *d_temps
+        d_x, d_y, *d_temps = gradients_around(ctx.ring, ctx.sizes, captions, last, block_gradients)
+        d_x, d_y = (d.to(x.dtype) for d, x in zip((d_x, d_y), (patches, captions[0]), strict=True))
+        return None, None, None, None, d_x, d_y, *d_temps
 
 
 def _two_way_cross_entropy(
@@ -267,6 +264,6 @@ class _MergedColumns(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_columns: Tensor) -> tuple[Tensor | None, ...]:
         scores, merged = ctx.saved_tensors
-        d_all = ctx.ring.spread(d_columns.contiguous(), ctx.sizes)
+        d_all = ctx.ring.gather(d_columns, ctx.sizes)
         # Without any other image both are -inf.
         return (scores - merged).exp().nan_to_num_(0) * d_all, None, None

@@ -1,12 +1,9 @@
 """Losses over several processes: the values and gradients of one process on the whole batch."""
 
-import traceback
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from launch import run
 
 from medfast import ClipLoss, SigLipLoss, distributed, ops
 from medfast.distributed import Ring
@@ -15,38 +12,6 @@ D = 16
 SCALE, BIAS = 14.3, -10.0
 # Equal batches, and such as one process with fewer pairs leaves; a single pair is the least.
 BATCHES = [(4, 4), (5, 3), (4, 7, 1), (3, 3, 3, 3)]
-
-
-def run(world, function, tmp_path, *arguments):
-    """Return what `function(rank, *arguments)` returns in each of `world` processes."""
-    context = mp.get_context("spawn")
-    answers = context.SimpleQueue()
-    store = f"file://{tmp_path}/store"
-    jobs = [
-        context.Process(target=_process, args=(rank, world, store, answers, function, arguments))
-        for rank in range(world)
-    ]
-    for job in jobs:
-        job.start()
-    found = dict(answers.get() for _ in jobs)
-    for job in jobs:
-        job.join(30)
-    failures = [answer for answer in found.values() if isinstance(answer, str)]
-    assert not failures, failures[0]
-    return [found[rank] for rank in range(world)]
-
-
-def _process(rank, world, store, answers, function, arguments):
-    torch.set_num_threads(1)
-    try:
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-        answer = function(rank, *arguments)
-        dist.barrier()
-    except Exception:
-        answer = traceback.format_exc()
-    answers.put((rank, answer))
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def features(pairs, dtype=torch.float32):
@@ -85,12 +50,22 @@ def value_and_grads(loss, inputs):
     return [x.detach().double().numpy() for x in (loss, *grads)]
 
 
-def losses(module, rank, sizes, impl, dtype=torch.float32):
+def groups(rank, sizes):
+    """Return ids of this rank's pairs, of which some are alone and most groups are of all ranks."""
+    ids = torch.arange(sum(sizes)) ** 2 % 5 - 2
+    ids[1] = 10**12
+    return ids.split(sizes)[rank]
+
+
+def losses(module, rank, sizes, impl, comm=None, dtype=torch.float32):
     """Return values and gradients of each loss of `ops` or, over ranks, of `distributed`."""
-    more = {"impl": impl} | ({"ring": Ring()} if module is distributed else {})
+    more = {"impl": impl} | ({"ring": Ring(comm=comm)} if module is distributed else {})
     found = {}
     x = leaves(rank, sizes, dtype)[:3]
     found["clip"] = value_and_grads(module.clip_loss(*x, **more), x)
+    x = leaves(rank, sizes, dtype)[:3]
+    loss = module.clip_loss(*x, positives=groups(rank, sizes), **more)
+    found["positives"] = value_and_grads(loss, x)
     x = leaves(rank, sizes, dtype)
     found["siglip"] = value_and_grads(module.siglip_loss(*x, **more), x)
     x = leaves(rank, sizes, dtype)[:3]
@@ -111,8 +86,8 @@ def losses(module, rank, sizes, impl, dtype=torch.float32):
 
 
 def _of_all_ranks(rank, sizes, dtype=torch.float32):
-    impls = ("cpu", "torch", "reference")
-    return {impl: losses(distributed, rank, sizes, impl, dtype) for impl in impls}
+    ways = [("cpu", "ring"), ("cpu", "gather"), ("torch", "ring"), ("reference", "auto")]
+    return {way: losses(distributed, rank, sizes, *way, dtype) for way in ways}
 
 
 def assert_like_one_process(parts, expected, rtol=2e-6):
@@ -134,23 +109,60 @@ def assert_like_one_process(parts, expected, rtol=2e-6):
 def test_parts_are_those_of_the_whole_batch(tmp_path, sizes):
     ranks = run(len(sizes), _of_all_ranks, tmp_path, sizes)
     expected = losses(ops, 0, (sum(sizes),), "reference")
-    for impl in ranks[0]:
-        assert ranks[0][impl].keys() == expected.keys() - (
-            {"cross-modal", "in-modal"} if impl == "cpu" else set()
+    for way in ranks[0]:
+        assert ranks[0][way].keys() == expected.keys() - (
+            {"cross-modal", "in-modal"} if "cpu" in way else set()
         )
-        for name in ranks[0][impl]:
-            assert_like_one_process([rank[impl][name] for rank in ranks], expected[name])
+        for name in ranks[0][way]:
+            assert_like_one_process([rank[way][name] for rank in ranks], expected[name])
 
 
 def test_bf16_features_have_sums_in_fp32(tmp_path):
     sizes = (6, 6)
     ranks = run(2, _of_all_ranks, tmp_path, sizes, torch.bfloat16)
-    expected = losses(ops, 0, (12,), "torch", torch.bfloat16)
-    for name in ("clip", "siglip", "simclr"):
-        parts = [rank["torch"][name] for rank in ranks]
-        assert_like_one_process(parts, expected[name], rtol=1e-2)
-        # The loss itself is not rounded to bf16.
-        assert sum(p[0] for p in parts) / 2 == pytest.approx(expected[name][0].item(), rel=1e-6)
+    expected = losses(ops, 0, (12,), "torch", dtype=torch.bfloat16)
+    for way in (("torch", "ring"), ("cpu", "gather")):
+        for name in ("clip", "positives", "siglip", "simclr"):
+            parts = [rank[way][name] for rank in ranks]
+            assert_like_one_process(parts, expected[name], rtol=1e-2)
+            # The loss itself is not rounded to bf16.
+            value = sum(p[0] for p in parts) / 2
+            assert value == pytest.approx(expected[name][0].item(), rel=1e-6)
+
+
+def _weighted(rank, sizes, way):
+    """Return a part with an upstream gradient that no other rank has."""
+    impl, comm = way
+    x = leaves(rank, sizes)[:3]
+    positives = groups(rank, sizes)
+    part = distributed.clip_loss(*x, Ring(comm=comm), positives=positives, impl=impl)
+    return value_and_grads((rank + 1) * part, x)
+
+
+def weighted_parts(image, text, scale, ids, sizes):
+    """Return the sum over ranks of the same, from the logits of all pairs."""
+    logits = scale * image @ text.T
+    own = logits.diagonal()
+    same = (ids[:, None] == ids).float()
+    rows, columns = (logits.logsumexp(way) - own for way in (1, 0))
+    others = own - (same * logits).sum(1) / same.sum(1)
+    of_pairs = (rows + columns) / 2 + others
+    whole = len(sizes) / sum(sizes)
+    return sum((k + 1) * part.sum() * whole for k, part in enumerate(of_pairs.split(sizes)))
+
+
+@pytest.mark.parametrize("way", [("torch", "ring"), ("torch", "gather"), ("reference", "auto")])
+def test_each_ranks_part_has_a_gradient_of_its_own(tmp_path, way):
+    sizes = (4, 7, 1)
+    parts = run(3, _weighted, tmp_path, sizes, way)
+    ids = torch.cat([groups(rank, sizes) for rank in range(3)])
+    x = leaves(0, (12,))[:3]
+    value, *grads = value_and_grads(weighted_parts(*x, ids, sizes), x)
+    assert sum(part[0] for part in parts) == pytest.approx(value, rel=1e-5)
+    for place, want in enumerate(map(torch.from_numpy, grads), start=1):
+        found = [torch.from_numpy(part[place]) for part in parts]
+        got = torch.stack(found).sum(0) if want.ndim == 0 else torch.cat(found)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def _beside_open_clip(rank, sizes):
@@ -188,24 +200,38 @@ def test_the_drop_in_losses_are_open_clips(tmp_path, world):
 
 
 def _is_the_same_twice(rank, sizes):
-    first, second = (losses(distributed, rank, sizes, "cpu") for _ in range(2))
-    return all(
-        (a == b).all() for name in first for a, b in zip(first[name], second[name], strict=True)
-    )
+    same = []
+    for comm in ("ring", "gather"):
+        first, second = (losses(distributed, rank, sizes, "cpu", comm) for _ in range(2))
+        for name in first:
+            same += [(a == b).all() for a, b in zip(first[name], second[name], strict=True)]
+    return all(same)
 
 
-def test_the_ring_is_deterministic(tmp_path):
+def test_a_loss_over_ranks_is_deterministic(tmp_path):
     assert all(run(3, _is_the_same_twice, tmp_path, (3, 4, 5)))
 
 
-def _positives(rank):
-    try:
-        ClipLoss(rank=rank, world_size=2)(*features(4), SCALE, positives=torch.arange(4))
-    except ValueError as error:
-        return str(error), None
-    return None
+def _drop_in_positives(rank, sizes):
+    x = leaves(rank, sizes)[:3]
+    loss = ClipLoss(rank=rank, world_size=2)(*x, positives=groups(rank, sizes))
+    return value_and_grads(loss, x)
 
 
-def test_positives_across_processes_are_refused(tmp_path):
-    said, _ = run(2, _positives, tmp_path)[0]
-    assert "positives must be None with several processes" in said
+def test_the_drop_in_loss_takes_positives_of_all_processes(tmp_path):
+    sizes = (5, 3)
+    parts = run(2, _drop_in_positives, tmp_path, sizes)
+    expected = losses(ops, 0, (8,), "reference")["positives"]
+    assert_like_one_process(parts, expected)
+    # Without local_loss each process has the mean.
+    assert all(part[0] == pytest.approx(expected[0], rel=1e-6) for part in parts)
+
+
+def _wrong_ids(rank):
+    image, text = features(4)
+    with pytest.raises(ValueError, match=r"positives must be torch\.int64 \[4\]"):
+        distributed.clip_loss(image, text, SCALE, Ring(), positives=torch.arange(3))
+
+
+def test_ids_that_do_not_fit_are_refused(tmp_path):
+    run(1, _wrong_ids, tmp_path)
