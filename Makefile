@@ -20,6 +20,7 @@ bench: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks.loaders
 
 slow: $(VENV)/installed-test
+	$(BIN)/python -m pytest tests -m slow
 	$(BIN)/python -m pytest --benchmark-only -m slow
 	$(BIN)/python -m benchmarks.loaders --soak 20000
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -11,10 +12,12 @@ import torch
 
 from medfast.errors import UsageError
 
+log = logging.getLogger(__name__)
+
 # What a run needs to go on.
 KEYS = {
-    *("epoch", "batch", "step", "samples", "config", "data"),
-    *("state_dict", "method", "optimizer", "scaler", "rng"),
+    *("epoch", "epoch_step", "step", "samples", "config", "world", "data"),
+    *("state_dict", "method", "optimizer", "scaler", "random"),
 }
 _NAME = re.compile(r"epoch_(\d+)(?:_step_(\d+))?\.pt")
 
@@ -29,7 +32,7 @@ def save(folder: Path, state: dict[str, Any], keep: int) -> Path:
         state: Tensors and plain values, as `torch.load(weights_only=True)` takes them back.
         keep: How many checkpoints stay.
     """
-    within = f"_step_{state['step']}" if state["batch"] else ""
+    within = f"_step_{state['step']}" if state["epoch_step"] else ""
     path = folder / f"epoch_{state['epoch']}{within}.pt"
     _write(path, state)
     for old in listing(folder)[:-keep]:
@@ -48,13 +51,25 @@ def best(folder: Path) -> Path:
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
     beside = path.with_suffix(".pt.part")
-    with beside.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with beside.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    # torch's writer has an error of its own for what the file said.
+    except (OSError, RuntimeError) as error:
+        beside.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
+        older = listing(path.parent)[-1:]
+        left = f"{older[0].name} is whole" if older else "there is no older one"
+        raise UsageError(
+            f"--logs: the checkpoint {path} cannot be written ({reason}); {left}. Make room, and "
+            "go on with --resume latest."
+        ) from None
 
 
 def listing(folder: Path) -> list[Path]:
@@ -91,26 +106,35 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def find(resume: str, logs: Path, name: str | None) -> Path:
-    """Return the checkpoint that --resume asks for.
+def find(resume: str, logs: Path, name: str | None) -> tuple[Path, dict[str, Any]] | None:
+    """Return the checkpoint that --resume asks for, and what it holds.
 
     Args:
-        resume: A file, or "latest".
+        resume: A file; "latest", the newest that is whole; "auto", the same, or None without any.
         logs: Folder of the run folders.
         name: The run that "latest" means; None takes the one with the newest checkpoint.
 
     Raises:
-        UsageError: there is no such run, or it has no checkpoint.
+        UsageError: there is no such run, or it has no checkpoint that can be read.
     """
-    if resume != "latest":
-        return Path(resume).expanduser()
+    if resume not in ("latest", "auto"):
+        path = Path(resume).expanduser()
+        return path, load(path)
     if name is not None:
         found = listing(logs / name / "checkpoints")
         where = f"the run {logs / name}"
     else:
-        newest = (listing(folder)[-1:] for folder in logs.glob("*/checkpoints"))
-        found = sorted((p for paths in newest for p in paths), key=lambda p: p.stat().st_mtime)
+        runs = (listing(folder) for folder in logs.glob("*/checkpoints"))
+        newest = {path.stat().st_mtime: own for own in runs for path in own}
+        found = newest[max(newest)] if newest else []
         where = f"any run in {logs}"
+    if not found and resume == "auto":
+        return None
     if not found:
         raise UsageError(f"--resume latest: {where} has no checkpoint; start without --resume.")
-    return found[-1]
+    for path in reversed(found[1:]):
+        try:
+            return path, load(path)
+        except UsageError as error:
+            log.warning("the newest checkpoint cannot be used, but the one before it: %s", error)
+    return found[0], load(found[0])

@@ -6,13 +6,15 @@ import argparse
 import dataclasses
 import difflib
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from medfast.config import RECIPES, TrainConfig, flag
-from medfast.errors import UsageError, unknown_name
+from medfast.errors import SharedError, StoppedError, UsageError, unknown_name
 from medfast.methods import METHODS
 from medfast.study.plan import BUDGETS, OWN_SETTINGS, Study, in_order
 
@@ -32,7 +34,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that reports a mistake in one sentence."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        # Every process has the same command line.
+        self.exit(2, f"{self.prog}: error: {message}\n" if rank() == 0 else None)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, naming the closest flag for one that does not exist."""
@@ -49,8 +52,12 @@ def run(command: Callable[[], None], prog: str) -> None:
     """Run a command; end with exit code 2 and one sentence on a mistake of the user's."""
     try:
         command()
+    except SharedError as error:
+        sys.exit(_fail(prog, str(error)) if rank() == 0 else 2)
     except UsageError as error:
         sys.exit(_fail(prog, str(error)))
+    except StoppedError as error:
+        sys.exit(_fail(prog, str(error), code=128 + signal.SIGTERM) if rank() == 0 else 143)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "medfast":
             raise
@@ -65,8 +72,14 @@ def run(command: Callable[[], None], prog: str) -> None:
         sys.exit(_fail(prog, "stopped by the keyboard.", code=130))
 
 
+def rank() -> int:
+    """Return the number of this process among those that torchrun started."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def _fail(prog: str, message: str, code: int = 2) -> int:
-    print(f"{prog}: error: {message}", file=sys.stderr)
+    where = f"rank {rank()}: " if rank() else ""
+    print(f"{prog}: error: {where}{message}", file=sys.stderr)
     return code
 
 
@@ -80,8 +93,13 @@ def parse_train(argv: Sequence[str] | None = None) -> tuple[TrainConfig, set[str
         UsageError: a value is not acceptable.
     """
     parser = _settings_parser("train", TRAIN_EPILOG)
-    settings = _settings(vars(parser.parse_args(argv)))
-    return TrainConfig(**settings), set(settings)
+    given = vars(parser.parse_args(argv))
+    try:
+        settings = _settings(given)
+        return TrainConfig(**settings), set(settings)
+    except UsageError as error:
+        # Every process has the same command line.
+        raise SharedError(str(error)) from None
 
 
 def parse_profile(argv: Sequence[str] | None = None) -> tuple[TrainConfig, int]:
@@ -303,12 +321,13 @@ class ConsoleHandler(logging.Handler):
 
 
 def log_to_console() -> None:
-    """Let medfast's log lines appear on stderr."""
+    """Let medfast's log lines appear on stderr, of several processes those of the first."""
     logger = logging.getLogger("medfast")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    if not any(isinstance(handler, ConsoleHandler) for handler in logger.handlers):
-        logger.addHandler(ConsoleHandler())
+    kind = logging.NullHandler if rank() else ConsoleHandler
+    if not any(isinstance(handler, kind) for handler in logger.handlers):
+        logger.addHandler(kind())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

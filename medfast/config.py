@@ -17,6 +17,8 @@ Precision = Literal["auto", "fp32", "amp_bf16", "amp", "pure_bf16"]
 OptimizerName = Literal["adamw", "lamb", "apex_lamb"]
 Device = Literal["auto", "cpu", "cuda"]
 LoaderName = Literal["auto", "dali", "torch"]
+Comm = Literal["auto", "ring", "gather"]
+Sharding = Literal["none", "full"]
 
 # Settings in place of the defaults, by the name of --recipe.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -79,7 +81,9 @@ class TrainConfig:
     cache_dir: str = setting(
         "~/.cache/medfast", "data", "Folder that keeps the phantom data.", frozen_on_resume=False
     )
-    batch_size: int = setting(64, "data", "Pairs that pass through the towers at a time.")
+    batch_size: int = setting(
+        64, "data", "Pairs that pass through the towers at a time, in each process."
+    )
     accum_freq: int = setting(
         1,
         "data",
@@ -193,6 +197,25 @@ class TrainConfig:
     )
     seed: int = setting(0, "optimisation", "Seed of weights, data order and augmentation.")
 
+    comm: Comm = setting(
+        "auto",
+        "several processes (torchrun)",
+        "How features cross processes: around a ring, so that none ever holds those of all, or "
+        "gathered. auto: gathered where messages are so small that latency decides.",
+    )
+    sharding: Sharding = setting(
+        "none",
+        "several processes (torchrun)",
+        "full: each process keeps a part of the towers' weights, gradients and optimiser state "
+        "(FSDP2).",
+    )
+    timeout: float = setting(
+        600.0,
+        "several processes (torchrun)",
+        "Seconds after which a process that does not answer is named and the run stops.",
+        frozen_on_resume=False,
+    )
+
     logs: str = setting("logs", "run", "Folder that holds the run folders.", frozen_on_resume=False)
     name: str | None = setting(
         None,
@@ -204,7 +227,8 @@ class TrainConfig:
         None,
         "run",
         "'latest' (of --name, else of the newest run in --logs) or a checkpoint file: go on from "
-        "there with the run's own settings.",
+        "there with the run's own settings. 'auto': latest of --name, or a new run if there is "
+        "none.",
         frozen_on_resume=False,
     )
     save_frequency: int = setting(
@@ -260,7 +284,7 @@ class TrainConfig:
             *("lock_image_unlocked_groups", "lock_text_unlocked_layers"),
         ):
             self._require(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("lr", "eps"):
+        for name in ("lr", "eps", "timeout"):
             self._require(name, getattr(self, name) > 0, "above 0")
         for name in ("beta1", "beta2"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
@@ -278,6 +302,15 @@ class TrainConfig:
             self.name is None or _is_folder_name(self.name),
             "a plain folder name: printable, no slash, no space at its ends, 200 letters at most",
         )
+        self._require(
+            "resume",
+            self.resume != "auto" or self.name is not None,
+            "with a --name, by which the run is found again",
+        )
+        if self.sharding == "full" and self.optimizer != "adamw":
+            raise UsageError(
+                f"--sharding full: --optimizer {self.optimizer} needs whole weights; use adamw."
+            )
         self._check_sources()
         self._check_model()
 
@@ -450,3 +483,27 @@ def resumed(config: TrainConfig, given: Collection[str], saved: Mapping[str, Any
                 "leave it out, or start a new run."
             )
     return replace(own, **changes)
+
+
+def for_processes(config: TrainConfig, was: int, now: int) -> TrainConfig:
+    """Return the settings by which `now` processes take the very steps that `was` took.
+
+    A step keeps its pairs, and no process takes more of them at a time than before.
+
+    Raises:
+        UsageError: the pairs of a step cannot be shared out evenly.
+    """
+    if was == now:
+        return config
+    pairs = was * config.batch_size * config.accum_freq
+    own, rest = divmod(pairs, now)
+    parts = next(
+        (n for n in range(1, own + 1) if own % n == 0 and own // n <= config.batch_size), 0
+    )
+    if rest or own // max(1, parts) < 2:
+        fit = [str(n) for n in range(1, pairs // 2 + 1) if pairs % n == 0]
+        raise UsageError(
+            f"--resume: the run has {pairs} pairs per step, which {now} processes cannot share out "
+            f"evenly; use {' or '.join(fit[:12])}."
+        )
+    return replace(config, batch_size=own // parts, accum_freq=parts)

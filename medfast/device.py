@@ -12,17 +12,29 @@ import torch
 from medfast.errors import UsageError
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, number: int | None = None) -> torch.device:
     """Return the device that `name` ("auto", "cpu" or "cuda") asks for.
 
+    Args:
+        name: What is asked for.
+        number: Of the GPU, where every process of a machine has its own.
+
     Raises:
-        UsageError: "cuda" without a usable GPU.
+        UsageError: "cuda" without a usable GPU, or there are fewer GPUs than processes.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no GPU here; use --device cpu.")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    if name == "cpu" or number is None:
+        return torch.device(name)
+    if number >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device cuda: there is no GPU for process {number} of this machine, which has "
+            f"{torch.cuda.device_count()}; lower torchrun's --nproc-per-node."
+        )
+    torch.cuda.set_device(number)
+    return torch.device(name, number)
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:

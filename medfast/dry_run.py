@@ -13,8 +13,13 @@ if TYPE_CHECKING:
     from medfast.methods.base import Method
 
 
-def describe(config: TrainConfig, method: Method) -> str:
+def describe(config: TrainConfig, method: Method, world: int = 1) -> str:
     """Return data, model, loss terms, cost and settings of a run.
+
+    Args:
+        config: The settings.
+        method: The method, without heads.
+        world: Processes that train together.
 
     Raises:
         UsageError: something of it cannot be had.
@@ -44,9 +49,10 @@ def describe(config: TrainConfig, method: Method) -> str:
     else:
         sources = parts.data_sources(config)
         pairs = len(parts.read_pairs(config, sources, "train").records)
-    size = config.batch_size * config.accum_freq
+    size = config.batch_size * config.accum_freq * world
     steps = max(1, pairs // size)
     in_parts = f", in {config.accum_freq} parts" if config.accum_freq > 1 else ""
+    shared = f", by {world} processes" if world > 1 else ""
     cost = estimate(config, model, method)
     memory = ", ".join(f"{name} {_megabytes(part)}" for name, part in cost.memory.items())
     lines = [
@@ -61,7 +67,7 @@ def describe(config: TrainConfig, method: Method) -> str:
         f"and backward, at {preset.context_length} tokens",
         f"memory    about {_megabytes(cost.total_memory)} ({memory})",
         f"data      {' '.join(config.train_data)}: {pairs} training pairs",
-        f"training  {config.epochs} epochs of {steps} steps of {size} pairs{in_parts}",
+        f"training  {config.epochs} epochs of {steps} steps of {size} pairs{in_parts}{shared}",
     ]
     lines += [f"  {k}: {v}" for k, v in dataclasses.asdict(config).items()]
     return "\n".join(lines)

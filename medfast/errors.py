@@ -1,4 +1,4 @@
-"""The one exception that the commands turn into a sentence and exit code 2."""
+"""The exceptions that the commands turn into a sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from collections.abc import Iterable
 
 class UsageError(Exception):
     """Something the user can mend: names what is wrong, what was expected and what to do."""
+
+
+class SharedError(UsageError):
+    """A `UsageError` that every process of a run raises at once, so that one of them tells it."""
+
+
+class StoppedError(Exception):
+    """The run was asked to stop, and has saved where it was."""
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from medfast.config import TrainConfig
+from medfast.distributed.sharding import is_sharded
 from medfast.errors import UsageError
 
 
@@ -22,10 +23,17 @@ def build_optimizer(
         UsageError: apex is asked for and not there.
     """
     trained = [p for p in parameters if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.wd},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if config.sharding != "none":
+        # No kernel takes parts and whole ones together.
+        groups = [
+            {**group, "params": [p for p in group["params"] if is_sharded(p) == kind]}
+            for group in groups
+            for kind in (False, True)
+        ]
     args: dict[str, Any] = {
         "lr": config.lr,
         "betas": (config.beta1, config.beta2),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from medfast.data.mixture import Mixture
     from medfast.data.records import Record
     from medfast.data.tokens import Tokenizer
+    from medfast.distributed.processes import Processes
     from medfast.methods.base import Method
     from medfast.models.pair import ImageTextModel
     from medfast.run_folder import RunFolder
@@ -92,8 +93,9 @@ def training_loader(
     tokenizer: Tokenizer,
     method: Method,
     device: torch.device,
+    processes: Processes,
 ) -> Loader:
-    """Return the loader of a training split; `config.loader` names its kind."""
+    """Return this process's loader of a training split; `config.loader` names its kind."""
     from medfast.data.order import Order
     from medfast.data.pipelines import make_loader, pick_loader
     from medfast.data.views import SquareCrop
@@ -102,7 +104,10 @@ def training_loader(
     short = config.resize_short
     crop = preset.crop if short is None else SquareCrop(preset.image_size / short)
     order = Order(
-        mixture.sizes, config.batch_size, config.seed, weights=config.train_data_weights or None
+        *(mixture.sizes, config.batch_size, config.seed),
+        weights=config.train_data_weights or None,
+        rank=processes.rank,
+        world=processes.world,
     )
     return make_loader(
         pick_loader(config.loader, mixture.records),
@@ -234,6 +239,38 @@ def new_model(
     model.to(memory_format=torch.channels_last)
     method.to(device)
     return model
+
+
+def spread(
+    config: TrainConfig, method: Method, model: ImageTextModel, processes: Processes
+) -> None:
+    """Let the model and the method of `new_model` be trained by several processes.
+
+    Raises:
+        UsageError: a tower cannot.
+    """
+    import torch
+
+    from medfast.distributed import sharding
+    from medfast.distributed.batch_norm import synchronize_batch_norm
+
+    if processes.ring is None:
+        if config.sharding != "none":
+            raise UsageError("--sharding full is for several processes; start them with torchrun.")
+        return
+    method.ring = processes.ring
+    try:
+        for module in (model, method):
+            synchronize_batch_norm(module, processes.ring)
+    except ValueError as error:
+        raise UsageError(f"--model {config.model}: {error}") from None
+    if config.sharding == "full":
+        # Parts are cut from weights that lie row by row.
+        model.to(memory_format=torch.contiguous_format)
+        sharding.shard(model.units())
+    # Dropout of its own; the weights, drawn by the seed alone, are the same everywhere.
+    if processes.rank:
+        torch.manual_seed(config.seed + processes.rank)
 
 
 def prepare(config: TrainConfig, method: Method, model: ImageTextModel) -> None:

@@ -15,7 +15,7 @@ import yaml
 
 from medfast import json_lines
 from medfast.config import TrainConfig
-from medfast.errors import UsageError
+from medfast.errors import SharedError, StoppedError, UsageError
 
 
 class RunFolder:
@@ -23,12 +23,15 @@ class RunFolder:
 
     Args:
         path: The folder, which exists.
+        rank: The process. The first one writes; each of the others writes what goes wrong, into a
+            log of its own.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rank: int = 0) -> None:
         self.path = path
+        self.rank = rank
         self.params = path / "params.yaml"
-        self.log = path / "out.log"
+        self.log = path / (f"rank_{rank}.log" if rank else "out.log")
         self.metrics = path / "metrics.jsonl"
         self.results = path / "results.jsonl"
         self.skipped = path / "skipped.jsonl"
@@ -37,16 +40,23 @@ class RunFolder:
         self.tokenizer = path / "tokenizer"
 
     @classmethod
-    def create(cls, config: TrainConfig) -> RunFolder:
+    def create(cls, config: TrainConfig, again: bool = False) -> RunFolder:
         """Make the new run folder of the named run `config` and write its `params.yaml`.
+
+        Args:
+            config: The settings.
+            again: In place of a run of this name that ended before its first checkpoint.
 
         Raises:
             UsageError: it exists already or cannot be written.
         """
         path = Path(config.logs).expanduser() / str(config.name)
-        cls.check_free(path)
         run = cls(path)
+        if not (again and run.params.is_file()):
+            cls.check_free(path)
         try:
+            if path.exists():
+                run.remove()
             path.mkdir(parents=True)
             params = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
             run.params.write_text(params, encoding="utf-8")
@@ -84,12 +94,18 @@ class RunFolder:
         """Within the context, everything that medfast logs also goes to `out.log`."""
         logger = logging.getLogger("medfast")
         # Paths need not be UTF-8.
-        handler = logging.FileHandler(self.log, encoding="utf-8", errors="backslashreplace")
+        handler = logging.FileHandler(
+            self.log, encoding="utf-8", errors="backslashreplace", delay=self.rank > 0
+        )
+        handler.setLevel(logging.WARNING if self.rank else logging.INFO)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
         try:
             yield
         except BaseException as error:
+            is_told = self.rank and isinstance(error, SharedError | StoppedError)
+            if is_told or not self.path.is_dir():
+                raise
             # To the file alone: the command reports the error on the console.
             record = logger.makeRecord(
                 "medfast",
@@ -108,7 +124,8 @@ class RunFolder:
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one row to `metrics.jsonl`."""
-        json_lines.append(self.metrics, [row])
+        if self.rank == 0:
+            json_lines.append(self.metrics, [row])
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the rows of `metrics.jsonl`."""
@@ -116,6 +133,8 @@ class RunFolder:
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the rows of steps after `step`, from which a run goes on."""
+        if self.rank:
+            return
         json_lines.mend(self.metrics)
         rows = self.read_metrics()
         kept = [row for row in rows if row["step"] <= step]
@@ -127,5 +146,7 @@ class RunFolder:
 
     def write_results(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write `results.jsonl` anew."""
+        if self.rank:
+            return
         self.results.unlink(missing_ok=True)
         json_lines.append(self.results, rows)

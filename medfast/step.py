@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from medfast.data.loader import Batch
 from medfast.data.tokens import NOT_PREDICTED, Masked
 from medfast.device import autocast
+from medfast.distributed.gradients import GradientMean
+from medfast.distributed.sharding import is_sharded
 from medfast.methods.base import Method
 from medfast.models.pair import Features, ImageTextModel
 
@@ -26,6 +28,13 @@ class Step:
     encode every part without keeping activations, heads and losses take the features of the whole
     batch, and the towers encode every part again, now with the gradient of its features. The
     gradient is that of the whole batch; towers with batch norm alone see the statistics of a part.
+
+    Where several ranks train, each with batches of its own, losses and gradients are those of the
+    pairs of all of them.
+
+    Attributes:
+        unsound: Of each rank, whether it had features that are not finite in the last step, bool
+            [W]; None for one rank.
 
     Args:
         model: The towers.
@@ -43,14 +52,21 @@ class Step:
         self.precision = precision
         # fp16 has too little range for small gradients; without it this does nothing.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "amp")
+        self.unsound: Tensor | None = None
+        parameters = nn.ModuleList([model, method]).parameters()
+        # Those of parts come as means already.
+        own = [p for p in parameters if not is_sharded(p)]
+        self._gradients = None if method.ring is None else GradientMean(own, method.ring)
 
     def backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Add the gradient of the batch that the parts `batches` make up; return its loss terms."""
         if len(batches) == 1:
             batch = batches[0].to(self.device)
-            losses = self._losses(self._encode(batch), batch)
-            self._backward([self.scaler.scale(self._total(losses))])
-            return _detached(losses)
+            features = self._encode(batch)
+            losses = self._losses(features, batch)
+            with self._averaging():
+                self._backward([self.scaler.scale(self._total(losses))])
+            return self._of_all_ranks(losses, features)
         cached, states = [], []
         with torch.no_grad(), _batch_statistics_left_alone(self.model):
             for batch in batches:
@@ -62,7 +78,7 @@ class Step:
         self._backward([self.scaler.scale(self._total(losses))])
         leaves = whole.parts()
         starts = dict.fromkeys(leaves, 0)
-        for batch, state, before in zip(batches, states, cached, strict=True):
+        for number, (batch, state, before) in enumerate(zip(batches, states, cached, strict=True)):
             # The same dropout as in the first pass.
             self._set_random_state(state)
             again = self._encode(batch.to(self.device)).parts()
@@ -75,10 +91,12 @@ class Step:
                     trained.append(again[name])
                     # Captions of this part may all be shorter than the longest of the batch.
                     gradients.append(gradient[rows, : part.shape[1]])
-            if trained:
-                self._backward(trained, gradients)
+            is_last = number + 1 == len(batches)
+            with self._averaging() if is_last else contextlib.nullcontext():
+                if trained:
+                    self._backward(trained, gradients)
         self._set_random_state(after)
-        return _detached(losses)
+        return self._of_all_ranks(losses, whole)
 
     def _encode(self, batch: Batch) -> Features:
         with autocast(self.precision, self.device):
@@ -96,6 +114,30 @@ class Step:
         with _batch_statistics_left_alone(self.model):
             torch.autograd.backward(outputs, gradients)
 
+    @contextlib.contextmanager
+    def _averaging(self) -> Iterator[None]:
+        """Within the context, the last backward of a step, take the means over the ranks."""
+        if self._gradients is None:
+            yield
+            return
+        with self._gradients.in_backward():
+            yield
+        self._gradients.finish()
+
+    def _of_all_ranks(self, losses: Mapping[str, Tensor], features: Features) -> dict[str, Tensor]:
+        """Return the losses of the pairs of all ranks, and note whose features are not finite."""
+        own = {name: loss.detach() for name, loss in losses.items()}
+        ring = self.method.ring
+        if ring is None:
+            return own
+        sums = torch.stack([x.detach().float().sum() for x in features.parts().values()])
+        unsound = torch.zeros(ring.world, device=sums.device)
+        unsound[ring.rank] = (~sums.isfinite()).any()
+        terms = torch.stack(list(own.values())).float()
+        means = ring.mean(torch.cat([terms, unsound]))
+        self.unsound = means[len(own) :] > 0
+        return dict(zip(own, means[: len(own)], strict=True))
+
     def _total(self, losses: Mapping[str, Tensor]) -> Tensor:
         terms = [self.method.weights[name] * loss for name, loss in losses.items()]
         return torch.stack(terms).sum()
@@ -109,10 +151,6 @@ class Step:
         torch.set_rng_state(state[0])
         if len(state) > 1:
             torch.cuda.set_rng_state(state[1], self.device)
-
-
-def _detached(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: loss.detach() for name, loss in losses.items()}
 
 
 def _leaves(parts: Sequence[Features]) -> Features:

@@ -16,11 +16,11 @@ SHORT_RUN = ["--epochs", "2", "--batch-size", "16", "--workers", "0", "--warmup"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if item.get_closest_marker("slow") and "slow" not in item.config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="takes long: make slow"))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -23,8 +25,9 @@ def test_a_checkpoint_comes_back_and_the_oldest_go(tmp_path):
 
 
 def test_checkpoints_within_an_epoch_lie_between_those_of_its_ends(tmp_path):
-    for epoch, batch, step in ((0, 5, 5), (1, 0, 10), (1, 5, 15), (1, 9, 109), (2, 0, 120)):
-        checkpoint.save(tmp_path, {**STATE, "epoch": epoch, "batch": batch, "step": step}, keep=9)
+    for epoch, within, step in ((0, 5, 5), (1, 0, 10), (1, 5, 15), (1, 9, 109), (2, 0, 120)):
+        state = {**STATE, "epoch": epoch, "epoch_step": within, "step": step}
+        checkpoint.save(tmp_path, state, keep=9)
     assert [p.name for p in checkpoint.listing(tmp_path)] == [
         *("epoch_0_step_5.pt", "epoch_1.pt", "epoch_1_step_15.pt", "epoch_1_step_109.pt"),
         "epoch_2.pt",
@@ -39,10 +42,34 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(tmp_path, STATE, keep=1)
+    with pytest.raises(
+        UsageError, match=r"cannot be written \(No space left .*epoch_1.pt is whole"
+    ):
+        checkpoint.save(tmp_path, {**STATE, "epoch": 2}, keep=1)
     assert path.read_bytes() == before
-    assert checkpoint.listing(tmp_path) == [path]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_is_full_is_told_as_such(tmp_path):
+    """In a process that may write no more than so many bytes to a file, as on a full disk."""
+    code = (
+        "import resource, signal, sys, torch\n"
+        "from pathlib import Path\n"
+        "from medfast import checkpoint\n"
+        "from medfast.errors import UsageError\n"
+        "state = {'epoch': 1, 'epoch_step': 0, 'w': torch.zeros(1000)}\n"
+        "checkpoint.save(Path(sys.argv[1]), state, keep=1)\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try:\n"
+        "    state |= {'epoch': 2, 'w': torch.zeros(10**6)}\n"
+        "    checkpoint.save(Path(sys.argv[1]), state, keep=1)\n"
+        "except UsageError as error:\n"
+        "    print(error)"
+    )
+    said = subprocess.check_output([sys.executable, "-c", code, str(tmp_path)], text=True)
+    assert "epoch_2.pt cannot be written (File too large); epoch_1.pt is whole" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch_1.pt"]
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
@@ -70,11 +97,11 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
 
 def test_another_projects_checkpoint_is_refused(tmp_path):
-    others = {key: STATE[key] for key in checkpoint.KEYS - {"optimizer", "rng"}}
+    others = {key: STATE[key] for key in checkpoint.KEYS - {"optimizer", "random"}}
     for state, lacks in (
-        ({"model": {}}, "batch, config, data, epoch"),
-        ([1], "batch, config, data"),
-        (others, "optimizer, rng"),
+        ({"model": {}}, "config, data, epoch"),
+        ([1], "config, data, epoch"),
+        (others, "optimizer, random"),
     ):
         torch.save(state, tmp_path / "epoch_1.pt")
         with pytest.raises(
@@ -89,9 +116,34 @@ def test_latest_is_the_named_run_or_the_newest(tmp_path):
         path.mkdir(parents=True)
         saved = checkpoint.save(path, STATE, keep=1)
         os.utime(saved, (1000 - time, 1000 - time))
-    assert checkpoint.find("latest", tmp_path, None).parent.parent.name == "new"
-    assert checkpoint.find("latest", tmp_path, "old").parent.parent.name == "old"
-    assert checkpoint.find("a/b.pt", tmp_path, None).name == "b.pt"
+    for name, found in ((None, "new"), ("old", "old")):
+        path, state = checkpoint.find("latest", tmp_path, name)
+        assert path.parent.parent.name == found
+        assert state["epoch"] == 1
+        assert checkpoint.find("auto", tmp_path, name)[0] == path
+    assert checkpoint.find(str(path), tmp_path, None)[0] == path
+
+
+@pytest.mark.parametrize("asked", ["latest", "auto"])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, asked, caplog):
+    folder = tmp_path / "a" / "checkpoints"
+    folder.mkdir(parents=True)
+    for epoch in (1, 2, 3):
+        newest = checkpoint.save(folder, {**STATE, "epoch": epoch}, keep=3)
+    for damaged, left in ((newest, 2), (folder / "epoch_2.pt", 1)):
+        damaged.write_bytes(damaged.read_bytes()[:-200])
+        caplog.clear()
+        path, state = checkpoint.find(asked, tmp_path, "a")
+        assert path.name == f"epoch_{left}.pt"
+        assert state["epoch"] == left
+        assert f"{damaged.name} is damaged" in caplog.text
+    (folder / "epoch_1.pt").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"epoch_1\.pt is damaged"):
+        checkpoint.find(asked, tmp_path, "a")
+
+
+def test_auto_begins_where_there_is_nothing_yet(tmp_path):
+    assert checkpoint.find("auto", tmp_path, "a") is None
 
 
 @pytest.mark.parametrize("name", [None, "x"])

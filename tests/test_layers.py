@@ -17,7 +17,7 @@ ALLOWED = {
     "distributed": {"distributed", "ops"},
     "data": {"data", "cli", "json_lines"},  # cli: for data's own command
     "models": {"models", "data"},
-    "methods": {"methods", "models", "data", "ops", "losses"},
+    "methods": {"methods", "models", "data", "ops", "distributed"},
     "evals": {"evals", "models", "data", "ops", "device", "report", "__version__"},
     "report": {"report"},
     "device": set(),

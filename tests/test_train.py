@@ -183,7 +183,7 @@ def test_a_killed_run_goes_on_bitwise(phantom, tmp_path):
     for part in ("state_dict", "method"):
         _assert_same(whole[part], resumed[part])
     _assert_same(whole["optimizer"]["state"], resumed["optimizer"]["state"])
-    assert torch.equal(whole["rng"], resumed["rng"])
+    _assert_same(whole["random"][0], resumed["random"][0])
     assert (whole["step"], whole["samples"]) == (resumed["step"], resumed["samples"])
     metrics = [
         [row["metrics"] for row in _jsonl(tmp_path / name / "results.jsonl")]
@@ -283,15 +283,21 @@ def test_resume_from_a_missing_file_is_refused(tmp_path, refusal):
     assert "no such checkpoint" in refusal(["--resume", str(tmp_path / "epoch_1.pt")])
 
 
-def test_resume_from_a_truncated_checkpoint_overwrites_nothing(phantom, tmp_path, refusal):
+def test_a_truncated_checkpoint_gives_way_to_the_one_before(phantom, tmp_path, capsys, refusal):
     train.main(_argv(phantom, tmp_path))
     newest = tmp_path / "a" / "checkpoints" / "epoch_2.pt"
+    whole = _weights(tmp_path / "a", 2)
     newest.write_bytes(newest.read_bytes()[:10_000])
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    said = refusal(["--resume", "latest", "--logs", str(tmp_path)])
-    assert "epoch_2.pt is damaged" in said
-    assert "epoch_1.pt" in said
+    # Asked for by name it is refused, and nothing is touched.
+    assert "epoch_2.pt is damaged" in refusal(["--resume", str(newest)])
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    train.main(["--resume", "latest", "--logs", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert "the newest checkpoint cannot be used, but the one before it" in said
+    assert "resumed after epoch 1" in said
+    _assert_same(whole["state_dict"], _weights(tmp_path / "a", 2)["state_dict"])
 
 
 def test_resume_with_another_tokenizer_is_refused(phantom, tmp_path, refusal):

@@ -25,14 +25,17 @@ class SkippedSamples:
         path: The `skipped.jsonl` to write; made with the first such sample.
         total: Samples of all splits in use.
         limit: Share of `total` above which to stop.
+        writes: Whether this process is the one that lists them.
     """
 
-    def __init__(self, path: Path, total: int, limit: float) -> None:
+    def __init__(self, path: Path, total: int, limit: float, writes: bool = True) -> None:
         self._path = path
+        self._writes = writes
         self._total = total
         self._limit = limit
         # A run that goes on keeps what it has listed before.
-        json_lines.mend(path)
+        if writes:
+            json_lines.mend(path)
         self._seen = {(row["key"], row["path"]) for row in json_lines.read(path)}
 
     def __len__(self) -> int:
@@ -48,7 +51,8 @@ class SkippedSamples:
         if not new:
             return
         self._seen.update((s.key, s.path) for s in new)
-        json_lines.append(self._path, (s._asdict() for s in new))
+        if self._writes:
+            json_lines.append(self._path, (s._asdict() for s in new))
         if len(self) > self._limit * self._total:
             raise UsageError(
                 f"{len(self)} of {self._total} samples could not be used, more than "

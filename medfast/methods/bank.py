@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
+from medfast.distributed import Ring
 from medfast.ops import tiles
 
 
@@ -28,14 +31,18 @@ class FeatureBank(nn.Module):
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def push(self, features: Tensor) -> None:
-        """Keep features [B, D] in place of the oldest."""
-        size = len(self.features)
-        newest = features[-size:].to(self.features.dtype)
-        first = self.pushed + len(features) - len(newest)
-        places = (first + torch.arange(len(newest), device=newest.device)) % size
-        self.features[places] = newest
-        self.pushed += len(features)
+    def push(self, features: Tensor, ring: Ring | None = None) -> None:
+        """Keep features [B, D] in place of the oldest, with a ring those of all ranks in order."""
+        sizes = [len(features)] if ring is None else ring.sizes(features)
+        N, size = sum(sizes), len(self.features)
+        blocks: Iterable[tuple[slice, list[Tensor]]] = [(slice(0, N), [features])]
+        for span, (block,) in blocks if ring is None else ring.blocks(sizes, features):
+            # More than fit are there only to be overtaken.
+            first = max(span.start, N - size)
+            newest = block[first - span.start :].to(self.features.dtype)
+            numbers = first + torch.arange(len(newest), device=newest.device)
+            self.features[(self.pushed + numbers) % size] = newest
+        self.pushed += N
 
     @torch.no_grad()
     def nearest(self, query: Tensor) -> Tensor:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from medfast import distributed, ops
 from medfast.data.loader import Batch
 from medfast.data.views import Extra
+from medfast.distributed import Ring
 from medfast.errors import UsageError
 from medfast.models.pair import Features, ImageTextModel
 from medfast.ops.dispatch import choose
@@ -27,7 +30,11 @@ class Method(nn.Module, ABC):
         group_positives: Count pairs of one study as positives of one another in global losses.
         weights: Weights of single terms that differ from the published ones.
 
+    Over several ranks every loss is this rank's part: the mean of the parts is the loss of all
+    ranks' pairs.
+
     Attributes:
+        ring: The ranks that train together, if there are several.
         terms: Published weight of each loss term by its name.
         weights: Weight of each, with those that were asked for.
         ops: The ops that compute the terms.
@@ -59,6 +66,7 @@ class Method(nn.Module, ABC):
         weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
+        self.ring: Ring | None = None
         self.impl = impl
         self.group_positives = group_positives
         for term in weights or {}:
@@ -101,6 +109,20 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def forward(self, features: Features, batch: Batch) -> dict[str, Tensor]:
         """Return the loss terms by name, each an fp32 scalar, before `weights`."""
+
+    def op(self, name: str) -> Callable[..., Any]:
+        """Return the op `name` of `medfast.ops`, over the pairs of all ranks, with its `impl`."""
+        if self.ring is None:
+            return partial(getattr(ops, name), impl=self.impl)
+        return partial(getattr(distributed, name), ring=self.ring, impl=self.impl)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean of values [n], 0 without any; over ranks, this one's part of theirs."""
+        total = values.sum()
+        if self.ring is None:
+            return total / max(1, len(values))
+        count = self.ring.sum(total.new_tensor(len(values)))
+        return total * self.ring.world / count.clamp(min=1)
 
     def word_maps(self, features: Features, batch: Batch) -> Tensor | None:
         """Return the weights of each word on the patches of its own image, for the eye.

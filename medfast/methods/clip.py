@@ -9,7 +9,6 @@ from torch import Tensor
 from medfast.data.loader import Batch
 from medfast.methods.base import Method
 from medfast.models.pair import Features
-from medfast.ops import clip_loss
 
 
 class Clip(Method):
@@ -18,11 +17,10 @@ class Clip(Method):
 
     def forward(self, features: Features, batch: Batch) -> dict[str, Tensor]:
         return {
-            "clip": clip_loss(
+            "clip": self.op("clip_loss")(
                 features.image,
                 features.text,
                 features.logit_scale,
                 positives=self.positives(batch),
-                impl=self.impl,
             )
         }

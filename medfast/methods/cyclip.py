@@ -9,7 +9,6 @@ from torch import Tensor
 from medfast.data.loader import Batch
 from medfast.methods.clip import Clip
 from medfast.models.pair import Features
-from medfast.ops import cyclip_loss
 
 
 class Cyclip(Clip):
@@ -17,6 +16,6 @@ class Cyclip(Clip):
     terms: ClassVar[dict[str, float]] = {"clip": 1.0, "cross_modal": 0.25, "in_modal": 0.25}
 
     def forward(self, features: Features, batch: Batch) -> dict[str, Tensor]:
-        cross_modal, in_modal = cyclip_loss(features.image, features.text, impl=self.impl)
+        cross_modal, in_modal = self.op("cyclip_loss")(features.image, features.text)
         terms = {"cross_modal": cross_modal, "in_modal": in_modal}
         return {**super().forward(features, batch), **terms}

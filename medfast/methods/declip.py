@@ -18,7 +18,6 @@ from medfast.methods.bank import FeatureBank
 from medfast.methods.clip import Clip
 from medfast.methods.heads import MaskedLanguageHead, SimSiam
 from medfast.models.pair import Features, ImageTextModel
-from medfast.ops import clip_loss
 
 BANK_SIZE = 65536
 
@@ -78,10 +77,9 @@ class Declip(Clip):
 
     def forward(self, features: Features, batch: Batch) -> dict[str, Tensor]:
         contrast = partial(
-            clip_loss,
+            self.op("clip_loss"),
             logit_scale=features.logit_scale,
             positives=self.positives(batch),
-            impl=self.impl,
         )
         extra = features.extra
         images = (features.image, extra["image view"])
@@ -89,37 +87,33 @@ class Declip(Clip):
         _, *others = itertools.product(images, texts)
         assert batch.masked is not None
         labels = batch.masked.labels[batch.masked.labels != NOT_PREDICTED]
+        simsiam = simsiam_loss(
+            (extra["projected pooled"], extra["projected pooled view"]),
+            (extra["predicted pooled"], extra["predicted pooled view"]),
+        )
         losses = {
             **super().forward(features, batch),
-            "simsiam": simsiam_loss(
-                (extra["projected pooled"], extra["projected pooled view"]),
-                (extra["predicted pooled"], extra["predicted pooled view"]),
-            ),
-            "mlm": masked_language_loss(extra["masked"], labels),
+            "simsiam": self.mean(simsiam),
+            "mlm": self.mean(F.cross_entropy(extra["masked"].float(), labels, reduction="none")),
             "multi_view": torch.stack([contrast(*views) for views in others]).mean(),
             "nearest": contrast(features.image, self.bank.nearest(features.text.detach())),
         }
         if self.training:
-            self.bank.push(features.text.detach())
+            self.bank.push(features.text.detach(), self.ring)
         return losses
 
 
-def masked_language_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy of masked tokens, logits [n, vocab_size]; 0 without any."""
-    total = F.cross_entropy(logits.float(), labels, reduction="sum")
-    return total / max(1, len(labels))
-
-
 def simsiam_loss(projected: tuple[Tensor, Tensor], predicted: tuple[Tensor, Tensor]) -> Tensor:
-    """Return the negative cosine of each view's prediction with the other's projection, a mean.
+    """Return of each image, [B], how unlike its views' predictions are to each other's projections.
 
-    Projections are not trained through (Chen and He 2021, arXiv 2011.10566). The least is -1.
+    It is the mean of both negative cosines; the least is -1. Projections are not trained through
+    (Chen and He 2021, arXiv 2011.10566).
 
     Args:
         projected: Of both views, [B, D] each.
         predicted: Likewise.
     """
     (z1, z2), (p1, p2) = ((x.float() for x in pair) for pair in (projected, predicted))
-    first = F.cosine_similarity(p1, z2.detach(), dim=-1).mean()
-    second = F.cosine_similarity(p2, z1.detach(), dim=-1).mean()
+    first = F.cosine_similarity(p1, z2.detach(), dim=-1)
+    second = F.cosine_similarity(p2, z1.detach(), dim=-1)
     return -(first + second) / 2

@@ -12,7 +12,6 @@ from medfast.data.loader import Batch
 from medfast.errors import UsageError
 from medfast.methods.base import Method
 from medfast.models.pair import Features
-from medfast.ops import filip_loss
 
 
 class Filip(Method):
@@ -47,11 +46,8 @@ class Filip(Method):
 
     def forward(self, features: Features, batch: Batch) -> dict[str, Tensor]:
         patches, tokens = _unit(features)
-        return {
-            "filip": filip_loss(
-                patches, tokens, batch.word_mask, features.logit_scale, impl=self.impl
-            )
-        }
+        filip = self.op("filip_loss")(patches, tokens, batch.word_mask, features.logit_scale)
+        return {"filip": filip}
 
     def word_maps(self, features: Features, batch: Batch) -> Tensor:
         patches, tokens = _unit(features)

@@ -9,7 +9,7 @@ from torch import Tensor
 from medfast.data.loader import Batch
 from medfast.methods.clip import Clip
 from medfast.models.pair import Features
-from medfast.ops import local_alignment_loss, word_patch_attention
+from medfast.ops import word_patch_attention
 
 
 class Local(Clip):
@@ -19,7 +19,7 @@ class Local(Clip):
 
     def forward(self, features: Features, batch: Batch) -> dict[str, Tensor]:
         patches, tokens = features.local()
-        local = local_alignment_loss(patches, tokens, batch.word_mask, impl=self.impl)
+        local = self.op("local_alignment_loss")(patches, tokens, batch.word_mask)
         return {**super().forward(features, batch), "local": local}
 
     def word_maps(self, features: Features, batch: Batch) -> Tensor:

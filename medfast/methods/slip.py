@@ -13,7 +13,6 @@ from medfast.data.views import Extra
 from medfast.methods.clip import Clip
 from medfast.methods.heads import mlp
 from medfast.models.pair import Features, ImageTextModel
-from medfast.ops import simclr_loss
 
 TEMPERATURE = 0.1
 HEAD_DIM = 256
@@ -42,5 +41,5 @@ class Slip(Clip):
 
     def forward(self, features: Features, batch: Batch) -> dict[str, Tensor]:
         first, second = (F.normalize(view.float(), dim=-1) for view in features.extra.values())
-        simclr = simclr_loss(first, second, 1 / TEMPERATURE, impl=self.impl)
+        simclr = self.op("simclr_loss")(first, second, 1 / TEMPERATURE)
         return {**super().forward(features, batch), "simclr": simclr}

@@ -10,7 +10,6 @@ from torch import Tensor
 from medfast.data.loader import Batch
 from medfast.methods.clip import Clip
 from medfast.models.pair import Features
-from medfast.ops import sparc_loss
 from medfast.ops.sparc.reference import align
 
 
@@ -26,7 +25,7 @@ class Sparc(Clip):
 
     def forward(self, features: Features, batch: Batch) -> dict[str, Tensor]:
         patches, tokens = features.local()
-        fine = sparc_loss(patches, tokens, batch.word_mask, features.logit_scale, impl=self.impl)
+        fine = self.op("sparc_loss")(patches, tokens, batch.word_mask, features.logit_scale)
         return {**super().forward(features, batch), "fine": fine}
 
     def word_maps(self, features: Features, batch: Batch) -> Tensor:

@@ -43,7 +43,7 @@ def lock_text(tower: TextTower, unlocked_layers: int = 0) -> None:
     Raises:
         UsageError: the tower has fewer layers.
     """
-    layers = _layers(tower)
+    layers = tower.layers
     _check_count("--lock-text-unlocked-layers", unlocked_layers, len(layers), "text", "layers")
     kept = {id(p) for layer in layers[len(layers) - unlocked_layers :] for p in layer.parameters()}
     if unlocked_layers:
@@ -51,11 +51,6 @@ def lock_text(tower: TextTower, unlocked_layers: int = 0) -> None:
         kept |= {id(p) for p in norm.parameters()} if norm is not None else set()
     for parameter in tower.trunk.parameters():
         parameter.requires_grad_(id(parameter) in kept)
-
-
-def _layers(tower: TextTower) -> nn.ModuleList:
-    encoder = tower.trunk.encoder
-    return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
 
 def _check_count(flag: str, count: int, most: int, tower: str, what: str) -> None:

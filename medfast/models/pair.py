@@ -139,6 +139,12 @@ class TextTower(nn.Module):
         self.width: int = config.hidden_size
         self.vocab_size = vocab_size
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The layers of the transformer."""
+        encoder = self.trunk.encoder
+        return encoder.layers if hasattr(encoder, "layers") else encoder.layer
+
     def grow(self, vocab_size: int) -> None:
         """Give further tokens an embedding, drawn after all other weights."""
         if vocab_size > self.vocab_size:
@@ -230,6 +236,11 @@ class ImageTextModel(nn.Module):
             text.activation_checkpointing_enable()
         else:  # its name before transformers 5
             text.gradient_checkpointing_enable()
+
+    def units(self) -> list[nn.Module]:
+        """Return what is best kept in parts: the layers of both towers, and then these."""
+        image = getattr(self.image_tower.trunk, "blocks", ())
+        return [*image, self.image_tower, *self.text_tower.layers, self.text_tower]
 
     def cast(self, dtype: torch.dtype) -> None:
         """Keep the weights in `dtype`; the scale and what normalises pixels stay in fp32."""
