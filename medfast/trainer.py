@@ -138,6 +138,9 @@ class Trainer:
                 log.info("epoch %d/%d: validation %s", self.epoch, epochs, shown)
                 if self.config.early_stop and self.processes.by_first(self._is_best):
                     self._save_best()
+        # Since the last step; what is left to do, evaluation, may take longer than there is time.
+        if any(stop for (stop,) in self.processes.numbers(self.is_asked_to_stop)):
+            self._stop()
         if self.config.early_stop:
             self._take_best()
 
@@ -224,11 +227,7 @@ class Trainer:
         )
         pairs, present, smallest, unusable, stops = zip(*of_all, strict=True)
         if any(stops):
-            self.save()
-            raise StoppedError(
-                f"asked to stop (SIGTERM) and saved at step {self.step}; go on with --resume "
-                "latest, or the same command with --resume auto."
-            )
+            self._stop()
         if min(present) < self.parts:
             raise SharedError(
                 f"the data of rank {present.index(min(present))} ended within epoch "
@@ -246,6 +245,13 @@ class Trainer:
             log.warning("a batch of rank %d holds no usable pair: the step is left out", rank)
             return 0
         return sum(pairs) if sum(pairs) >= 2 else 0
+
+    def _stop(self) -> None:
+        self.save()
+        raise StoppedError(
+            f"asked to stop (SIGTERM) and saved at step {self.step}; go on with --resume latest, or "
+            "the same command with --resume auto."
+        )
 
     def train_step(self, batches: Sequence[Batch]) -> tuple[dict[str, Tensor], Tensor]:
         """Take one step on the pairs of `batches`; return its loss terms and the gradient's norm.

@@ -187,9 +187,13 @@ def _kill_and_compare(phantom, tmp_path, undisturbed, rng):
     run = tmp_path / "two"
     wait_for(job, run, rng.randint(1, 10))
     time.sleep(rng.uniform(0, 0.3))
-    os.kill(rng.choice(processes_of(job)), signal.SIGKILL)
+    victim = rng.randrange(2)
+    os.kill(processes_of(job)[victim], signal.SIGKILL)
     code, said = end(job)
     assert code == 0, said
+    # The other one found it gone.
+    assert f"the process of rank {victim} has ended or hangs" in said
+    assert (run / "rank_1.log").exists() == (victim == 0)
     # Before there is a checkpoint a run begins again.
     assert said.count("2 processes train together") == 2
     found, expected = weights(run), weights(undisturbed)

@@ -18,8 +18,8 @@ from medfast.errors import SharedError, UsageError
 
 T = TypeVar("T")
 
-# Of torch.distributed's errors, those of a connection; it has no class for them.
-_LOST = re.compile(r"gloo|nccl|connection|timed out|timeout|socket|store", re.IGNORECASE)
+# Words of torch.distributed's errors of a connection, for which it has no class.
+_LOST = re.compile(r"gloo|nccl|connection|timed out|pair closure|broken pipe|socket", re.IGNORECASE)
 # Seconds within which a process that found another one lost hears of all others that did. They all
 # wait in the same step, and so find it at about the same time.
 _ROLL_CALL = 5.0
@@ -152,7 +152,9 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            if self._store is None or not _LOST.search(str(error)):
+            if self._store is None or not (
+                isinstance(error, dist.DistError) or _LOST.search(str(error))
+            ):
                 raise
             reason = str(error).strip().splitlines()[0]
             raise UsageError(f"{self._who_is_missing()} ({reason}).") from None
