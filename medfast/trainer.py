@@ -249,8 +249,8 @@ class Trainer:
     def _stop(self) -> None:
         self.save()
         raise StoppedError(
-            f"asked to stop (SIGTERM) and saved at step {self.step}; go on with --resume latest, or "
-            "the same command with --resume auto."
+            f"asked to stop (SIGTERM) and saved at step {self.step}; go on with --resume latest, "
+            "or the same command with --resume auto."
         )
 
     def train_step(self, batches: Sequence[Batch]) -> tuple[dict[str, Tensor], Tensor]:
