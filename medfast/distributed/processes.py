@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
@@ -17,6 +18,9 @@ from medfast.distributed.ring import Ring
 from medfast.errors import SharedError, UsageError
 
 T = TypeVar("T")
+
+# Whether this process ever had others; to end then takes care.
+has_joined = False
 
 # Words of torch.distributed's errors of a connection, for which it has no class.
 _LOST = re.compile(r"gloo|nccl|connection|timed out|pair closure|broken pipe|socket", re.IGNORECASE)
@@ -156,6 +160,8 @@ class Processes:
                 isinstance(error, dist.DistError) or _LOST.search(str(error))
             ):
                 raise
+            # torchrun, which has seen it too, ends the others: not before they have told it.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             reason = str(error).strip().splitlines()[0]
             raise UsageError(f"{self._who_is_missing()} ({reason}).") from None
 
@@ -193,6 +199,8 @@ def join(timeout: float, comm: str = "auto", name: str = "run") -> Processes:
     world = announced()
     if world == 1:
         return Processes()
+    global has_joined
+    has_joined = True
     wait = timedelta(seconds=timeout)
     try:
         store, rank, world = next(iter(dist.rendezvous("env://", timeout=wait)))
