@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def losses(given: dict[str, Any], ring: Ring, impl: str) -> dict[str, tuple[Loss
     """Return each loss, with the leaves that it is a function of."""
     scale = torch.tensor(14.3, device=given["mask"].device)
     bias = torch.full_like(scale, -10.0)
-    mask, more = given["mask"], {"ring": ring, "impl": impl}
+    mask = given["mask"]
+    more: dict[str, Any] = {"ring": ring, "impl": impl}
     ids = torch.arange(len(mask), device=mask.device) % 5
     x, local = given["global"], given["local"]
     found: dict[str, tuple[Loss, tuple[Tensor, ...]]] = {
@@ -121,11 +123,10 @@ def losses(given: dict[str, Any], ring: Ring, impl: str) -> dict[str, tuple[Loss
         ),
     }
     for place, name in enumerate(("cyclip, cross-modal", "cyclip, in-modal")):
-        if impl in ("auto", "reference"):
-            found[name] = (
-                lambda a, b, place=place: distributed.cyclip_loss(a, b, **more)[place],
-                x,
-            )
+        found[name] = (
+            lambda a, b, place=place: distributed.cyclip_loss(a, b, **more)[place],
+            x,
+        )
     return {
         name: (loss, [t.clone().requires_grad_() for t in leaves])
         for name, (loss, leaves) in found.items()
@@ -175,12 +176,12 @@ def measure(
     scale = torch.tensor(100.0, device=device, requires_grad=True)
     rings = {comm: Ring(comm=comm) for comm in COMMS}
     variants: dict[str, Callable[[], Tensor]] = {
-        comm: lambda ring=ring: distributed.clip_loss(image, text, scale, ring)
+        comm: partial(distributed.clip_loss, image, text, scale, ring)
         for comm, ring in rings.items()
     }
     theirs = _open_clip(processes)
     if theirs is not None:
-        variants["open_clip"] = lambda: theirs(image, text, scale)
+        variants["open_clip"] = partial(theirs, image, text, scale)
     rows = []
     for name, variant in variants.items():
         variant().backward()
