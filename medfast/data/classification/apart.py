@@ -7,8 +7,8 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 
-from medfast.data.classification.containers import ImageRow
 from medfast.data.classification.labelled import ClassificationSet, Found
+from medfast.data.containers import ImageRow
 from medfast.data.records import Record
 from medfast.data.sources import hash_split
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-from medfast.data.classification.containers import (
+from medfast.data.containers import (
     Container,
     ImageRow,
     ParquetImages,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from medfast.data.classification.containers import ImageRow, NpzImages, npz_array
 from medfast.data.classification.labelled import ClassificationSet, Items, Labelled, Note, find
+from medfast.data.containers import ImageRow, NpzImages, npz_array
 from medfast.data.skipped import Skipped
 from medfast.data.sources import About
 from medfast.errors import UsageError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from medfast.data.classification.containers import Hdf5Images, ImageRow, hdf5_array
 from medfast.data.classification.labelled import ClassificationSet, Items, Labelled, find
+from medfast.data.containers import Hdf5Images, ImageRow, hdf5_array
 from medfast.data.skipped import Skipped
 from medfast.data.sources import About
 from medfast.errors import UsageError

@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from medfast.data.classification.containers import (
+from medfast.data.classification.labelled import LabelledRecords
+from medfast.data.containers import (
     Hdf5Images,
     ImageRow,
     NpzImages,
     ParquetImages,
     npz_array,
 )
-from medfast.data.classification.labelled import LabelledRecords
 from medfast.data.decode import decode
 from medfast.data.records import Record
 from medfast.errors import UsageError
