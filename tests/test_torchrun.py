@@ -193,7 +193,8 @@ def _kill_and_compare(phantom, tmp_path, undisturbed, rng):
     assert code == 0, said
     # The other one found it gone.
     assert f"the process of rank {victim} has ended or hangs" in said
-    assert (run / "rank_1.log").exists() == (victim == 0)
+    if "resumed after epoch" in said:  # else the run began in a new folder
+        assert (run / "rank_1.log").exists() == (victim == 0)
     # Before there is a checkpoint a run begins again.
     assert said.count("2 processes train together") == 2
     found, expected = weights(run), weights(undisturbed)
