@@ -15,7 +15,7 @@ import torch
 
 from medfast.device import has_bf16
 
-_PACKAGES = ("torch", "triton", "open_clip_torch", "medfast")
+_PACKAGES = ("torch", "triton", "open_clip_torch", "scikit-learn", "medfast")
 
 
 def conditions(device: str = "cpu") -> dict[str, Any]:

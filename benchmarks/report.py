@@ -120,8 +120,8 @@ def comparison_table(comparison: Comparison) -> str:
                 quantity(row["median_s"]),
                 spread,
                 f"{base['median_s'] / row['median_s']:.2f}x",
-                f"{row['tflops']:.3g}",
-                f"{row['percent_of_mm']:.0f}",
+                f"{row['tflops']:.3g}" if "tflops" in row else "-",
+                f"{row['percent_of_mm']:.0f}" if "percent_of_mm" in row else "-",
                 _text(row.get("peak_bytes"), "peak_bytes"),
                 f"{max(row['errors'].values()):.1e}" if row.get("errors") else "-",
             ]
@@ -239,7 +239,8 @@ def _about(conditions: dict[str, Any]) -> str:
 def _title(comparison: Comparison, sizes: str | None = None) -> str:
     passes = comparison["passes"]
     parts = [f"{comparison['op']} {sizes or size(*comparison['shape'])}"]
-    if OPS[comparison["op"]].has_gradient:
+    op = OPS.get(comparison["op"])
+    if op is not None and op.has_gradient:
         parts.append("forward and backward" if passes == "both" else passes)
     if comparison["device"] == "cuda":
         parts.append(f"{comparison['clock']} clock")

@@ -18,7 +18,10 @@ ALLOWED = {
     "data": {"data", "cli", "json_lines"},  # cli: for data's own command
     "models": {"models", "data"},
     "methods": {"methods", "models", "data", "ops", "distributed"},
-    "evals": {"evals", "models", "data", "ops", "device", "report", "__version__"},
+    "evals": {
+        *("evals", "models", "data", "ops", "device", "report", "__version__"),
+        *("config", "methods", "checkpoint"),  # of the runs that are evaluated
+    },
     "report": {"report"},
     "device": set(),
     "json_lines": set(),

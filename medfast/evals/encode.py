@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from medfast.device import autocast
 from medfast.errors import UsageError
 from medfast.evals.features import GlobalFeatures, LocalFeatures, Matchable
 from medfast.models.pair import ImageTextModel
+
+if TYPE_CHECKING:
+    from medfast.evals.models import LibraryModel
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,29 @@ class Encoder:
         device: Where it is.
         precision: Number format of its towers.
         late_interaction: Give features of patches and words, instead of global ones.
+        image_size: Side of its square input in pixels, where `load_encoder` tells it.
+        name: What tables call it, likewise.
     """
 
-    model: ImageTextModel
+    model: ImageTextModel | LibraryModel
     tokenizer: Tokenizer
     device: torch.device
     precision: str
     late_interaction: bool = False
+    image_size: int = 0
+    name: str = ""
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What is done to an image before the model sees it, for the rows of results."""
+        tower = self.model.image_tower
+        mean, std = ((x.flatten() / 255).tolist() for x in (tower.mean, tower.std))
+        return {
+            "crop": "central square",
+            "resize": "bilinear, antialiased",
+            "size": self.image_size,
+            **{name: [round(x, 6) for x in own] for name, own in (("mean", mean), ("std", std))},
+        }
 
     @torch.inference_mode()
     def pairs(self, loader: Loader, skipped: SkippedSamples) -> Embeddings:
@@ -82,6 +102,12 @@ class Encoder:
         return Embeddings(
             images[0].cat(images), texts[0].cat(texts), torch.cat(index), torch.cat(group)
         )
+
+    @torch.inference_mode()
+    def images(self, images: Tensor) -> Matchable:
+        """Return the features of N images, uint8 [N, 3, H, W]."""
+        self.model.eval()
+        return self._images(images)
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str], batch_size: int = 256) -> Matchable:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from medfast.evals.bootstrap import bootstrap_ci
 from medfast.evals.encode import Encoder
 from medfast.evals.features import Matchable
-from medfast.evals.metrics import bootstrap_ci
 
 
 def two_choice(
