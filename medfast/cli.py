@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from medfast.config import RECIPES, Device, Precision, TrainConfig, flag
 from medfast.errors import SharedError, StoppedError, UsageError, unknown_name
+from medfast.evals.compare import Request
 from medfast.evals.prompts import CHOICES
 from medfast.evals.suite import EVALUATIONS, SUITES, folder
 from medfast.evals.suite.plan import Plan
@@ -28,6 +29,7 @@ COMMANDS = {
     "profile": "Time training steps with a fused loss beside those with the reference.",
     "study": "Train methods, seeds and initialisations under one budget, and compare them.",
     "evaluate": "Evaluate a model on what is there of 25 data sets.",
+    "results": "Compare evaluations of several runs in one table.",
 }
 TRAIN_EPILOG = """\
 Settings come from the defaults, then from --recipe, from --config and from the flags. The merged
@@ -350,6 +352,37 @@ def _evaluated(
     return asked
 
 
+def parse_results(argv: Sequence[str] | None = None) -> Request:
+    """Return which runs to compare, and what to write."""
+    parser = Parser(prog="medfast results", description=COMMANDS["results"], allow_abbrev=False)
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="RUN",
+        help="A run folder, a folder that medfast evaluate wrote, or a .json or .jsonl of results.",
+    )
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        default=["main"],
+        metavar="NAME",
+        help="Metrics of the table, or main, or all. (default: main)",
+    )
+    for name, text in (
+        ("--csv", "Write one line per run and metric, of all metrics."),
+        ("--markdown", "Write the table that is printed."),
+        ("--png", "Draw the table as a heat map."),
+    ):
+        parser.add_argument(name, metavar="FILE", help=text)
+    given = parser.parse_args(argv)
+    files = {
+        name: None if value is None else Path(value).expanduser()
+        for name, value in (("csv", given.csv), ("markdown", given.markdown), ("png", given.png))
+    }
+    sources = tuple(Path(source).expanduser() for source in given.sources)
+    return Request(sources, tuple(given.metrics), **files)
+
+
 def _settings_parser(command: str, epilog: str) -> Parser:
     """Return the parser of a command that takes the settings of a run."""
     parser = Parser(
@@ -519,6 +552,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         from medfast import evaluate
 
         evaluate.main(arguments[1:])
+    elif name == "results":
+        from medfast import results
+
+        results.main(arguments[1:])
     else:
         from medfast.data import __main__ as data
 

@@ -1,6 +1,7 @@
 """The benchmarks measure what they say, and `benchmarks.gpu` runs where there is no GPU."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,6 +26,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def _python(*arguments, **options):
+    # Else a pytest within would take itself for one of this pytest's workers.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    options = {"env": environment, **options}
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, **options
     )
