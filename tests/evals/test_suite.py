@@ -25,6 +25,7 @@ from medfast.evals.prompts import prompt_hash, prompts
 from medfast.evals.suite import EVALUATIONS, TASKS, about, cells, folder, overlaps, tasks
 from medfast.evals.suite.pictures import confusion_picture, heat_map
 from medfast.evals.suite.tables import CSV_COLUMNS, in_means, results_csv, results_markdown
+from medfast.evals.zero_shot import zero_shot_metrics
 
 CPU = torch.device("cpu")
 KEY = "pad_ufes_20"
@@ -107,6 +108,14 @@ def test_zero_shot_numbers_follow_from_the_embeddings(labelled, encoder, using):
     assert [own["class"] for own in row["per_class"]] == list(split.classes)
 
 
+@pytest.mark.parametrize(("scale", "auroc"), [(1.0, 1.0), (100.0, 0.0)])
+def test_zero_shot_probabilities_take_the_scale(scale, auroc):
+    """Class 0 gets 0.45 and 0.38 at a scale of 1, and 0.5 and 1.0 at a scale of 100."""
+    scores = torch.tensor([[0.5, 0.5, -1.0], [0.5, 0.3, 0.3]])
+    found = zero_shot_metrics(scores, scale, [0, 1], [0, 1])
+    assert found["per_class"][0]["auroc"] == auroc
+
+
 def test_prompts_are_those_that_are_asked_for(labelled, using):
     other = _results(labelled, replace(using, prompts="histology4"), ["zero_shot"])["zero_shot"]
     assert other["prompts"] == "histology4"
@@ -173,14 +182,15 @@ def test_a_broken_image_is_skipped_counted_and_listed(labelled, using, tmp_path)
     broken = read(KEY, own, "test").samples[0].image
     whole = _results(own, using)
     broken.write_bytes(broken.read_bytes()[:200])
-    for _ in range(2):  # the second time its features come from the cache
-        rows = _results(own, using)
+    # The second time features come from the cache, what is wrong with the image too.
+    for name in ("first.jsonl", "second.jsonl"):
+        listing = SkippedSamples(tmp_path / name, 1, math.inf)
+        rows = _results(own, replace(using, skipped=listing))
         assert rows["zero_shot"]["skipped"] == {"test": 1}
         assert rows["linear_probe"]["skipped"] == {"train": 0, "validation": 0, "test": 1}
         for task, row in rows.items():
             assert row["n"] == whole[task]["n"] - 1
-    listed = json_lines.read(tmp_path / "skipped.jsonl")
-    assert [row["path"] for row in listed] == [str(broken)]
+        assert [row["path"] for row in json_lines.read(tmp_path / name)] == [str(broken)]
 
 
 def test_who_has_the_test_images_alone_gets_zero_shot_figures(using, tmp_path):
