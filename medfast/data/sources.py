@@ -45,8 +45,8 @@ def missing(about: About, root: Path, looked_for: Iterable[str] = ()) -> AbsentE
     else:
         what = f"{root} holds none of: {', '.join(looked_for)}"
     return AbsentError(
-        f"{about.key}: {what}. {about.access} ({about.licence}), put it there and name it as "
-        f"--train-data {about.key}:{root}."
+        f"{about.key}: {what}. {about.access} ({about.licence}), put it there and "
+        f"name it {about.key}:{root}."
     )
 
 
