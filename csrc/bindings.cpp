@@ -61,12 +61,26 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "clip_loss_sums",
       [](uintptr_t logits, int64_t stride, int64_t rows, int64_t columns, float shift,
-         uintptr_t row_sums, uintptr_t column_sums) {
+         uintptr_t row_sums, uintptr_t column_sums, uintptr_t kept, int64_t kept_stride,
+         float step) {
         medfast::clip_loss_sums(at<float>(logits), stride, rows, columns, shift,
-                                at<float>(row_sums), at<float>(column_sums));
+                                at<float>(row_sums), at<float>(column_sums),
+                                {at<int16_t>(kept), kept_stride, step});
       },
       py::arg("logits"), py::arg("stride"), py::arg("rows"), py::arg("columns"), py::arg("shift"),
-      py::arg("row_sums"), py::arg("column_sums"), no_gil);
+      py::arg("row_sums"), py::arg("column_sums"), py::arg("kept") = 0,
+      py::arg("kept_stride") = 0, py::arg("step") = 1.0f, no_gil);
+  m.def(
+      "clip_loss_gradient_of_kept",
+      [](uintptr_t kept, int64_t stride, float step, int64_t rows, int64_t columns, float shift,
+         uintptr_t row_weights, uintptr_t column_weights, uintptr_t gradient) {
+        return medfast::clip_loss_gradient({at<int16_t>(kept), stride, step}, rows, columns, shift,
+                                           at<float>(row_weights), at<float>(column_weights),
+                                           at<medfast::bf16>(gradient));
+      },
+      py::arg("kept"), py::arg("stride"), py::arg("step"), py::arg("rows"), py::arg("columns"),
+      py::arg("shift"), py::arg("row_weights"), py::arg("column_weights"), py::arg("gradient"),
+      no_gil);
   m.def(
       "clip_loss_gradient",
       [](uintptr_t logits, int64_t stride, int64_t rows, int64_t columns, float shift,

@@ -11,7 +11,21 @@ def clip_loss_sums(
     shift: float,
     row_sums: int,
     column_sums: int,
+    kept: int = 0,
+    kept_stride: int = 0,
+    step: float = 1.0,
 ) -> None: ...
+def clip_loss_gradient_of_kept(
+    kept: int,
+    stride: int,
+    step: float,
+    rows: int,
+    columns: int,
+    shift: float,
+    row_weights: int,
+    column_weights: int,
+    gradient: int,
+) -> float: ...
 def clip_loss_gradient(
     logits: int,
     stride: int,

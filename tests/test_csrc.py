@@ -1,6 +1,7 @@
 """The compiled passes beside their Python counterparts, in every instruction set."""
 
 import math
+import platform
 
 import pytest
 import torch
@@ -97,6 +98,49 @@ def test_exponential_is_exact_to_rounding_and_clamped(kernels):
     torch.testing.assert_close(
         found[0].double(), x.double().clamp(-87, 88).exp(), rtol=1.2e-7, atol=0
     )
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 17), (65, 1025)])
+def test_kept_logits_stand_in_for_logits(kernels, rows, columns):
+    torch.manual_seed(0)
+    step = 2.0**-9
+    logits = torch.rand(rows, columns) * 120 - 60
+    logits[0, 0] = -torch.inf
+    logits[-1, -1] = 32767 * step
+    whole = torch.full((rows + 1, columns + 5), 7, dtype=torch.int16)
+    kept = whole[:rows, :columns]
+    plain = _sums(kernels, logits, 10.0)
+    row_sums, column_sums = (torch.full((n,), torch.nan) for n in logits.shape)
+    kernels.clip_loss_sums(
+        *(logits.data_ptr(), logits.stride(0), rows, columns, 10.0),
+        *(row_sums.data_ptr(), column_sums.data_ptr(), kept.data_ptr(), kept.stride(0), step),
+    )
+    assert torch.equal(row_sums, plain[0])
+    assert torch.equal(column_sums, plain[1])
+    assert torch.equal(kept, (logits / step).round().clamp_min(-32768).to(torch.int16))
+    assert (whole[rows:] == 7).all()
+    assert (whole[:, columns:] == 7).all()
+
+    by_row, by_column = torch.rand(rows) + 1, torch.rand(columns)
+    rounded = torch.where(kept == -32768, -torch.inf, kept * step)
+    want, of_all = _gradient(kernels, rounded, 10.0, by_row, by_column, torch.bfloat16)
+    found = torch.full_like(want, torch.nan)
+    total = kernels.clip_loss_gradient_of_kept(
+        *(kept.data_ptr(), kept.stride(0), step, rows, columns, 10.0),
+        *(by_row.data_ptr(), by_column.data_ptr(), found.data_ptr()),
+    )
+    assert torch.equal(found, want)
+    assert total == of_all
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only done on x86")
+def test_results_too_small_for_full_precision_are_zero_inside_kernels_alone(kernels):
+    # As denormals each of them would take a hundred times as long.
+    found, _ = _gradient(
+        kernels, torch.full((1, 40), -80.0), 0.0, torch.full((1,), 1e-6), torch.zeros(40)
+    )
+    assert (found == 0).all()
+    assert torch.tensor([1e-38]) * 1e-3 > 0
 
 
 def _sigmoids(kernels, logits, bias, dtype=torch.float32):

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "bf16.h"
@@ -15,9 +16,17 @@ namespace {
 // and so the result, independent of the number of threads.
 constexpr int64_t kBlockRows = 64;
 constexpr int64_t kBlockColumns = 1024;
+constexpr int32_t kLowest = -32768;
+
+MEDFAST_KERNEL int16_t in_steps(float logit, float steps_per_unit) {
+  const float x = logit * steps_per_unit;
+  const float within = x > static_cast<float>(kLowest) ? x : static_cast<float>(kLowest);
+  return static_cast<int16_t>(static_cast<int32_t>(std::nearbyint(within)));
+}
 
 MEDFAST_KERNEL void sum_block(const float* logits, int64_t stride, int64_t rows, int64_t columns,
-                              float shift, float* row_sums, float* column_sums) {
+                              float shift, float* row_sums, float* column_sums, int16_t* kept,
+                              int64_t kept_stride, float steps_per_unit) {
   float sums[kBlockColumns] = {};
   for (int64_t i = 0; i < rows; ++i) {
     const float* row = logits + i * stride;
@@ -29,27 +38,76 @@ MEDFAST_KERNEL void sum_block(const float* logits, int64_t stride, int64_t rows,
       sums[j] += e;
     }
     row_sums[i] = row_sum;
+    if (kept == nullptr) continue;
+#pragma omp simd
+    for (int64_t j = 0; j < columns; ++j)
+      kept[i * kept_stride + j] = in_steps(row[j], steps_per_unit);
   }
   std::copy(sums, sums + columns, column_sums);
 }
 
-template <class Out>
-MEDFAST_KERNEL void gradient_row(const float* row, int64_t columns, float shift, float row_weight,
-                                 const float* column_weights, Out* gradient, float* sum) {
+MEDFAST_KERNEL float gradient_part(const float* logits, int64_t columns, float shift,
+                                   float row_weight, const float* column_weights,
+                                   float* gradient) {
   float total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t j = 0; j < columns; ++j) {
-    const float g = exponential(row[j] - shift) * (row_weight + column_weights[j]);
-    store(g, gradient + j);
-    total += row[j] == -INFINITY ? 0.0f : g * row[j];
+    const float logit = logits[j];
+    const float g = exponential(logit - shift) * (row_weight + column_weights[j]);
+    gradient[j] = g;
+    total += logit == -INFINITY ? 0.0f : g * logit;
+  }
+  return total;
+}
+
+// Entries of 16 bits are widened and rounded in loops of their own: in one loop with those of 32
+// bits, compilers use vectors of half the width.
+MEDFAST_KERNEL const float* widened(const float* logits, float, int64_t, float*) { return logits; }
+
+MEDFAST_KERNEL const float* widened(const int16_t* kept, float step, int64_t columns, float* to) {
+#pragma omp simd
+  for (int64_t j = 0; j < columns; ++j)
+    to[j] = kept[j] == kLowest ? -INFINITY : step * static_cast<float>(kept[j]);
+  return to;
+}
+
+template <class In, class Out>
+MEDFAST_KERNEL void gradient_row(const In* row, float step, int64_t columns, float shift,
+                                 float row_weight, const float* column_weights, Out* gradient,
+                                 float* sum) {
+  float logits[kBlockColumns];
+  float unrounded[kBlockColumns];
+  float total = 0;
+  for (int64_t first = 0; first < columns; first += kBlockColumns) {
+    const int64_t count = std::min(kBlockColumns, columns - first);
+    const float* from = widened(row + first, step, count, logits);
+    float* to = unrounded;
+    if constexpr (std::is_same_v<Out, float>) to = gradient + first;
+    total += gradient_part(from, count, shift, row_weight, column_weights + first, to);
+    if constexpr (!std::is_same_v<Out, float>) {
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) store(to[j], gradient + first + j);
+    }
   }
   *sum = total;
+}
+
+template <class In, class Out>
+double gradient_of_rows(const In* logits, int64_t stride, float step, int64_t rows,
+                        int64_t columns, float shift, const float* row_weights,
+                        const float* column_weights, Out* gradient) {
+  std::vector<float> sums(rows);
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < rows; ++i)
+    run<gradient_row<In, Out>>(logits + i * stride, step, columns, shift, row_weights[i],
+                               column_weights, gradient + i * columns, &sums[i]);
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
 }  // namespace
 
 void clip_loss_sums(const float* logits, int64_t stride, int64_t rows, int64_t columns,
-                    float shift, float* row_sums, float* column_sums) {
+                    float shift, float* row_sums, float* column_sums, KeptLogits kept) {
   const int64_t row_blocks = (rows + kBlockRows - 1) / kBlockRows;
   const int64_t column_blocks = (columns + kBlockColumns - 1) / kBlockColumns;
   std::vector<float> row_parts(column_blocks * rows);
@@ -61,7 +119,9 @@ void clip_loss_sums(const float* logits, int64_t stride, int64_t rows, int64_t c
       const int64_t j = b * kBlockColumns;
       run<sum_block>(logits + i * stride + j, stride, std::min(kBlockRows, rows - i),
                      std::min(kBlockColumns, columns - j), shift, row_parts.data() + b * rows + i,
-                     column_parts.data() + a * columns + j);
+                     column_parts.data() + a * columns + j,
+                     kept.data == nullptr ? nullptr : kept.data + i * kept.stride + j,
+                     kept.stride, 1.0f / kept.step);
     }
   std::fill(row_sums, row_sums + rows, 0.0f);
   for (int64_t b = 0; b < column_blocks; ++b)
@@ -75,17 +135,22 @@ template <class Out>
 double clip_loss_gradient(const float* logits, int64_t stride, int64_t rows, int64_t columns,
                         float shift, const float* row_weights, const float* column_weights,
                         Out* gradient) {
-  std::vector<float> sums(rows);
-#pragma omp parallel for schedule(static)
-  for (int64_t i = 0; i < rows; ++i)
-    run<gradient_row<Out>>(logits + i * stride, columns, shift, row_weights[i], column_weights,
-                           gradient + i * columns, &sums[i]);
-  return std::accumulate(sums.begin(), sums.end(), 0.0);
+  return gradient_of_rows(logits, stride, 1.0f, rows, columns, shift, row_weights, column_weights,
+                          gradient);
+}
+
+template <class Out>
+double clip_loss_gradient(KeptLogits logits, int64_t rows, int64_t columns, float shift,
+                        const float* row_weights, const float* column_weights, Out* gradient) {
+  return gradient_of_rows(logits.data, logits.stride, logits.step, rows, columns, shift,
+                          row_weights, column_weights, gradient);
 }
 
 template double clip_loss_gradient(const float*, int64_t, int64_t, int64_t, float, const float*,
                                  const float*, float*);
 template double clip_loss_gradient(const float*, int64_t, int64_t, int64_t, float, const float*,
                                  const float*, bf16*);
+template double clip_loss_gradient(KeptLogits, int64_t, int64_t, float, const float*, const float*,
+                                 bf16*);
 
 }  // namespace medfast

@@ -7,9 +7,18 @@
 
 namespace medfast {
 
-// row_sums[i] = sum_j e^(l_ij - shift), column_sums[j] = sum_i e^(l_ij - shift).
+// Where logits are kept, in 16 bits: as multiples of `step`, row i at data + i * stride; the lowest
+// number stands for -infinity.
+struct KeptLogits {
+  int16_t* data;
+  int64_t stride;
+  float step;
+};
+
+// row_sums[i] = sum_j e^(l_ij - shift), column_sums[j] = sum_i e^(l_ij - shift). The logits, which
+// then must not be beyond 2^15 - 1 steps, are kept, unless kept.data is null.
 void clip_loss_sums(const float* logits, int64_t stride, int64_t rows, int64_t columns,
-                    float shift, float* row_sums, float* column_sums);
+                    float shift, float* row_sums, float* column_sums, KeptLogits kept);
 
 // gradient_ij = e^(l_ij - shift) * (row_weights[i] + column_weights[j]), contiguous; Out is float
 // or bf16. Returns the sum of gradient_ij * l_ij, of the gradient before it is rounded to Out, in
@@ -18,5 +27,8 @@ template <class Out>
 double clip_loss_gradient(const float* logits, int64_t stride, int64_t rows, int64_t columns,
                         float shift, const float* row_weights, const float* column_weights,
                         Out* gradient);
+template <class Out>
+double clip_loss_gradient(KeptLogits logits, int64_t rows, int64_t columns, float shift,
+                        const float* row_weights, const float* column_weights, Out* gradient);
 
 }  // namespace medfast

@@ -66,14 +66,14 @@ def bmm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> 
 
     Args:
         out: [n, M, N], contiguous.
-        a: [n, M, K].
-        b: [n, K, N].
+        a: [n, M, K], of a dtype that `matmul_into` takes.
+        b: [n, K, N], likewise.
         accumulate: Add to `out` instead of overwriting it.
 
     Returns:
         `out`.
     """
-    if len(out) == 1 or (out.device.type == "cpu" and not _is_intel()):
+    if len(out) == 1 or a.dtype != out.dtype or (out.device.type == "cpu" and not _is_intel()):
         for of_one, x, y in zip(out, a, b, strict=True):
             matmul_into(of_one, x, y, accumulate=accumulate)
         return out

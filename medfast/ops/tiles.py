@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def tiles(
 
 
 def kept_tiles(rows: Tensor, columns: Tensor, kept: Tensor) -> Iterator[Tile]:
-    """Yield the tiles whose logits an earlier walk has left in `kept` [M, N]."""
+    """Yield the tiles of what an earlier walk has left in `kept` [M, N], most often logits."""
     yield from _walk(rows, columns, 1.0, kept, is_known=True)
 
 
@@ -95,6 +95,13 @@ def _walk(
             yield Tile(part, band, x, y, logits)
 
 
+def computed(tile: Tile, scale: Tensor | float) -> Tile:
+    """Return the tile with its logits computed, in memory of its own."""
+    logits = torch.empty(tile.logits.shape, dtype=summable(tile.row_features))
+    multiply(tile.row_features, tile.column_features, scale, logits)
+    return replace(tile, logits=logits)
+
+
 def multiply(x: Tensor, y: Tensor, scale: Tensor | float, out: Tensor) -> None:
     """Write `scale * x @ y.T` to `out`."""
     if x.dtype == out.dtype:
@@ -105,10 +112,15 @@ def multiply(x: Tensor, y: Tensor, scale: Tensor | float, out: Tensor) -> None:
 
 def operand(features: Tensor) -> Tensor:
     """Return features as a product takes them: contiguous, in bf16 only if that is fast."""
+    return features.to(operand_dtype(features)).contiguous()
+
+
+def operand_dtype(features: Tensor) -> torch.dtype:
+    """Return the dtype of `operand`."""
     is_on_cpu = features.device.type == "cpu"
     if features.dtype == torch.bfloat16 and is_on_cpu and matmul.multiplies_bf16():
-        return features.contiguous()
-    return features.to(summable(features)).contiguous()
+        return features.dtype
+    return summable(features)
 
 
 def blocks(length: int, most: int) -> Iterator[slice]:

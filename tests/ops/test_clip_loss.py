@@ -3,13 +3,14 @@ import doctest
 import pytest
 import torch
 import torch.nn.functional as F
-from global_loss_checks import EPS, GlobalLossChecks, loss_and_grads, unit_features
+from global_loss_checks import EPS, EXTREMES, GlobalLossChecks, loss_and_grads, unit_features
 from torch.autograd import gradcheck
 
-from medfast.ops import clip_loss
+from medfast.ops import clip_loss, matmul
 from medfast.ops.clip import api, reference
 from medfast.ops.clip.autograd import log_sum_exps
 from medfast.ops.clip.positives import agreement
+from medfast.ops.dispatch import why_not
 
 
 class TestClipLoss(GlobalLossChecks):
@@ -69,6 +70,20 @@ class TestClipLoss(GlobalLossChecks):
         monkeypatch.setenv("MEDFAST_WORKSPACE_MB", "0.1")
         for a, b in zip(kept, loss_and_grads(loss, inputs), strict=True):
             torch.testing.assert_close(a, b)
+
+    @pytest.mark.skipif(matmul.mkl_bf16_gemm() is None, reason="torch is built without MKL")
+    @pytest.mark.parametrize("impl", ["torch", "cpu"])
+    @pytest.mark.parametrize("workspace", ["256", "0.01"])
+    @pytest.mark.parametrize("make", EXTREMES.values(), ids=EXTREMES)
+    @pytest.mark.parametrize("scale", [1.0, 60.0, 100.0, 200.0])
+    def test_bf16_products_of_extreme_batches(self, monkeypatch, impl, workspace, make, scale):
+        if why_not(self.name, impl) is not None:
+            pytest.skip(why_not(self.name, impl))
+        monkeypatch.setattr(matmul, "multiplies_bf16", lambda: True)
+        monkeypatch.setenv("MEDFAST_WORKSPACE_MB", workspace)
+        image, text, scale = self.inputs(65, 32, torch.bfloat16, scalars=(scale,))
+        loss = lambda *a: self.function(*a, impl=impl)  # noqa: E731
+        self.assert_as_close_as_eager(loss, [*make(image, text), scale], rounds=True)
 
 
 def test_reference_is_the_published_formula():

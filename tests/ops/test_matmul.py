@@ -42,12 +42,15 @@ def test_product_into_a_part_of_a_matrix(vendor, M, N, K, dtype, accumulate):
 
 
 @pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_several_products_at_once(vendor, count, accumulate):
+def test_several_products_at_once(vendor, count, dtype, accumulate):
+    if dtype == torch.bfloat16 and matmul.mkl_bf16_gemm() is None:
+        pytest.skip("torch is built without MKL")
     torch.manual_seed(0)
-    a, b = torch.randn(count, 7, 5), torch.randn(count, 9, 7)
+    a, b = torch.randn(count, 7, 5).to(dtype), torch.randn(count, 9, 7).to(dtype)
     out = torch.full((count, 5, 9), 3.0 if accumulate else torch.nan)
-    want = a.mT @ b.mT + (3 if accumulate else 0)
+    want = a.float().mT @ b.float().mT + (3 if accumulate else 0)
     assert bmm_into(out, a.mT, b.mT, accumulate=accumulate) is out
     torch.testing.assert_close(out, want)
 

@@ -53,7 +53,7 @@ def clip_loss_fwd(
 
         return (*triton.forward(rows, columns, logit_scale, offset), rows.new_empty(0, 0))
     shape = _kept_shape(rows, columns, impl, needs_grad)
-    kept = lend(math.prod(shape), rows, tiles.summable(rows)).view(shape)
+    kept = lend(math.prod(shape), rows, _kept_dtype(rows, impl)).view(shape)
     sums = chunked.forward(rows, columns, logit_scale, offset, kept, _passes(impl, logit_scale))
     return (*sums, kept)
 
@@ -65,7 +65,8 @@ def _(
     own, row_lse, column_lse = (
         x.new_empty(len(x), dtype=tiles.summable(x)) for x in (rows, rows, columns)
     )
-    return own, row_lse, column_lse, own.new_empty(_kept_shape(rows, columns, impl, needs_grad))
+    shape = _kept_shape(rows, columns, impl, needs_grad)
+    return own, row_lse, column_lse, own.new_empty(shape, dtype=_kept_dtype(rows, impl))
 
 
 @torch.library.custom_op("medfast::clip_loss_bwd", mutates_args=())
@@ -160,3 +161,9 @@ def _kept_shape(rows: Tensor, columns: Tensor, impl: str, needs_grad: bool) -> t
     """Return the shape of all logits where the backward wants them and the workspace holds them."""
     keeps = needs_grad and impl != "triton" and tiles.fits_workspace(rows, columns)
     return (len(rows), len(columns)) if keeps else (0, 0)
+
+
+def _kept_dtype(rows: Tensor, impl: str) -> torch.dtype:
+    """Return the dtype of kept logits: that of sums, or int16 for `chunked.KeptLogits`."""
+    is_bf16 = tiles.operand_dtype(rows) == torch.bfloat16
+    return torch.int16 if impl == "cpu" and is_bf16 else tiles.summable(rows)

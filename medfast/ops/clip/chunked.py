@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from medfast.ops import tiles
+
+# The largest logit that is kept in 16 bits: the relative error of its exponential, half a step,
+# then is below 2^-10, half of what rounding the gradient to bf16 costs.
+_LARGEST_KEPT = 63.0
+# One less than the highest number, as room for roundings of the logits.
+_STEPS = 2**15 - 2
+
+
+@dataclass(frozen=True)
+class KeptLogits:
+    """Logits as multiples of `step`: half as much to write and to read as in fp32.
+
+    They serve where the gradient is rounded to bf16 anyway.
+    """
+
+    steps: Tensor  # [M, N], or [R, C] of a tile; int16, the lowest number for -inf
+    step: float
+
+    def of(self, tile: tiles.Tile) -> KeptLogits:
+        """Return the part of a tile."""
+        return KeptLogits(self.steps[tile.rows, tile.columns], self.step)
 
 
 class Passes:
@@ -14,13 +37,20 @@ class Passes:
     def __init__(self, logit_scale: Tensor) -> None:
         """Take the scale [] of the logits, from which subclasses foresee their size."""
 
-    def log_sum_exps(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the log-sum-exps of the rows [R] and of the columns [C]."""
+    def log_sum_exps(self, logits: Tensor, kept: KeptLogits | None) -> tuple[Tensor, Tensor]:
+        """Return the log-sum-exps of the rows [R] and of the columns [C].
+
+        They are kept where `kept` is given, if `takes_kept` can be true of such a tile.
+        """
         return logits.logsumexp(1), logits.logsumexp(0)
+
+    def takes_kept(self, row_lse: Tensor, column_lse: Tensor) -> bool:
+        """Return whether `gradient` takes the kept logits of a tile with these log-sum-exps."""
+        return False
 
     def gradient(
         self,
-        logits: Tensor,
+        logits: Tensor | KeptLogits,
         row_lse: Tensor,
         column_lse: Tensor,
         d_rows: Tensor,
@@ -40,6 +70,7 @@ class Passes:
         Returns:
             The sum of `g_ij l_ij` if it is more precise than `out` would give it, else None.
         """
+        assert isinstance(logits, Tensor)
         along_rows = torch.sub(logits, row_lse[:, None]).exp_().mul_(d_rows[:, None])
         along_columns = torch.sub(logits, column_lse).exp_().mul_(d_columns)
         gradient = along_rows.add_(along_columns)
@@ -57,7 +88,7 @@ def forward(
         columns: [N, D].
         logit_scale: [].
         offset: Row i's own column is i + offset; where there is none its own logit is -inf.
-        kept: Where the logits stay for the backward, [M, N], or empty.
+        kept: Where the logits stay for the backward, [M, N], or empty; int16 for `KeptLogits`.
         passes: The passes over a tile.
     """
     own = rows.new_full((len(rows),), -torch.inf, dtype=tiles.summable(rows))
@@ -65,14 +96,16 @@ def forward(
     row_lse, column_lse = (
         x.new_full((len(x),), -torch.inf, dtype=torch.float64) for x in (rows, columns)
     )
-    for tile in tiles.tiles(rows, columns, logit_scale, kept if kept.numel() else None):
+    in_steps = _in_steps(kept, rows, columns, logit_scale)
+    keeps_all = kept.numel() > 0 and kept.dtype == own.dtype
+    for tile in tiles.tiles(rows, columns, logit_scale, kept if keeps_all else None):
         own_logits = tile.own(tile.logits, offset)
         own[tile.own_rows(offset)] = own_logits
         own_logits.fill_(-torch.inf)
         for total, slices, part in zip(
             (row_lse, column_lse),
             (tile.rows, tile.columns),
-            passes.log_sum_exps(tile.logits),
+            passes.log_sum_exps(tile.logits, in_steps and in_steps.of(tile)),
             strict=True,
         ):
             torch.logaddexp(total[slices], part.double(), out=total[slices])
@@ -118,19 +151,26 @@ def backward(
     """
     products = tiles.Products(rows, columns, needs_rows, needs_columns)
     d_log_scale = tiles.LogScaleGradient()
-    is_kept = kept.numel() > 0
-    if is_kept:
+    in_steps = _in_steps(kept, rows, columns, logit_scale)
+    keeps_all = kept.numel() > 0 and kept.dtype == own.dtype
+    if keeps_all or in_steps is not None:
         walk = tiles.kept_tiles(rows, columns, kept)
     else:
         walk = tiles.tiles(rows, columns, logit_scale)
     for tile in walk:
-        if not is_kept:
-            tile.own(tile.logits, offset).fill_(-torch.inf)
+        sums = row_lse[tile.rows], column_lse[tile.columns]
+        logits: Tensor | KeptLogits = tile.logits
+        if in_steps is not None and passes.takes_kept(*sums):
+            logits = in_steps.of(tile)
+        elif not keeps_all:
+            if in_steps is not None:
+                tile = tiles.computed(tile, logit_scale)
+            logits = tile.logits
+            tile.own(logits, offset).fill_(-torch.inf)
         gradient = products.gradient(tile)
         total = passes.gradient(
-            tile.logits,
-            row_lse[tile.rows],
-            column_lse[tile.columns],
+            logits,
+            *sums,
             d_rows[tile.rows],
             d_columns[tile.columns],
             gradient,
@@ -141,3 +181,16 @@ def backward(
     # Where the own column does not exist, own is -inf and its gradient 0.
     d_log_scale.add(0.0, d_own, own.masked_fill(own == -torch.inf, 0))
     return products.of_rows, products.of_columns, d_log_scale.of_scale(logit_scale)
+
+
+def _in_steps(
+    kept: Tensor, rows: Tensor, columns: Tensor, logit_scale: Tensor
+) -> KeptLogits | None:
+    """Return `kept` with the step that suits these features; None if it is not for steps."""
+    if kept.dtype != torch.int16 or kept.numel() == 0:
+        return None
+    # No logit is larger (Cauchy and Schwarz).
+    largest = logit_scale.abs().item()
+    for features in (rows, columns):
+        largest *= torch.linalg.vector_norm(features, dim=1, dtype=torch.float32).max().item()
+    return KeptLogits(kept, largest / _STEPS) if 0 < largest <= _LARGEST_KEPT else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from medfast import _C
-from medfast.ops.clip.chunked import Passes
+from medfast.ops.clip.chunked import KeptLogits, Passes
 
 # Above this scale one shift cannot serve every row: sums may fall below what fp32 holds.
 _MAX_SCALE = 150.0
@@ -33,7 +33,7 @@ class CpuPasses(Passes):
         self.shift = max(scale - _HEADROOM, 0.0)
         self.has_shift = scale <= _MAX_SCALE
 
-    def log_sum_exps(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def log_sum_exps(self, logits: Tensor, kept: KeptLogits | None) -> tuple[Tensor, Tensor]:
         if self.has_shift:
             rows, columns = (logits.new_empty(size) for size in logits.shape)
             _C.clip_loss_sums(
@@ -44,29 +44,42 @@ class CpuPasses(Passes):
                 self.shift,
                 rows.data_ptr(),
                 columns.data_ptr(),
+                *((0, 0, 1.0) if kept is None else _kept(kept)),
             )
             smallest = max(logits.shape) * _SMALLEST_PER_TERM
             if all(_within(sums, smallest, _LARGEST) for sums in (rows, columns)):
                 return rows.log_().add_(self.shift), columns.log_().add_(self.shift)
-        return super().log_sum_exps(logits)
+        return super().log_sum_exps(logits, kept)
+
+    def takes_kept(self, row_lse: Tensor, column_lse: Tensor) -> bool:
+        """Return whether the constant suits a tile."""
+        smallest = max(len(row_lse), len(column_lse)) * _SMALLEST_PER_TERM
+        lowest, highest = self.shift + math.log(smallest), self.shift + math.log(_LARGEST)
+        return self.has_shift and all(_within(x, lowest, highest) for x in (row_lse, column_lse))
 
     def gradient(
         self,
-        logits: Tensor,
+        logits: Tensor | KeptLogits,
         row_lse: Tensor,
         column_lse: Tensor,
         d_rows: Tensor,
         d_columns: Tensor,
         out: Tensor,
     ) -> float | None:
-        lowest = self.shift + math.log(max(logits.shape) * _SMALLEST_PER_TERM)
-        highest = self.shift + math.log(_LARGEST)
-        if not (
-            self.has_shift and all(_within(lse, lowest, highest) for lse in (row_lse, column_lse))
-        ):
+        if not self.takes_kept(row_lse, column_lse):
             return super().gradient(logits, row_lse, column_lse, d_rows, d_columns, out)
         row_weights = torch.exp(self.shift - row_lse).mul_(d_rows)
         column_weights = torch.exp(self.shift - column_lse).mul_(d_columns)
+        if isinstance(logits, KeptLogits):
+            return _C.clip_loss_gradient_of_kept(
+                *_kept(logits),
+                logits.steps.shape[0],
+                logits.steps.shape[1],
+                self.shift,
+                row_weights.data_ptr(),
+                column_weights.data_ptr(),
+                out.data_ptr(),
+            )
         return _C.clip_loss_gradient(
             logits.data_ptr(),
             logits.stride(0),
@@ -78,6 +91,10 @@ class CpuPasses(Passes):
             out.data_ptr(),
             out.dtype == torch.bfloat16,
         )
+
+
+def _kept(kept: KeptLogits) -> tuple[int, int, float]:
+    return kept.steps.data_ptr(), kept.steps.stride(0), kept.step
 
 
 def _within(values: Tensor, lowest: float, highest: float) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from medfast.ops import packing, tiles
 from medfast.ops.local_alignment.reference import MIN_NORM
-from medfast.ops.matmul import matmul_into
+from medfast.ops.matmul import bmm_into, matmul_into
 from medfast.ops.packing import Images, Plan, Words
 from medfast.ops.workspace import workspace_bytes
 
@@ -125,8 +125,9 @@ class _Walk:
 
     def grams(self, images: Images) -> Tensor:
         """Return each image's Gram matrix [g, P, P], as products take it."""
-        patches = images.patches.to(self._plan.dtype)
-        return (patches @ patches.mT).to(self._plan.operand)
+        g, P, _ = images.patches.shape
+        grams = images.patches.new_empty(g, P, P, dtype=self._plan.dtype)
+        return bmm_into(grams, images.patches, images.patches.mT).to(self._plan.operand)
 
     def tile(self, k: int, images: Images, grams: Tensor) -> Tile:
         """Return how the words of group k attend to the images."""
