@@ -196,7 +196,7 @@ def fit_and_evaluate(
     # Whoever comes first to a machine writes the phantom there.
     sources = processes.by_first(lambda: parts.data_sources(config))
     with processes.together():
-        if processes.local_rank == 0:
+        if processes.local_rank == 0 and not processes.is_first:
             parts.data_sources(config)
     with processes.together():
         splits = {split: parts.read_pairs(config, sources, split) for split in SPLITS}

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from launch import run
+from test_step import TINY, VIT
 from torch import nn
 
 from medfast.data import read_split
@@ -14,24 +15,9 @@ from medfast.data.tokens import Tokenizer
 from medfast.distributed import Ring
 from medfast.distributed.batch_norm import synchronize_batch_norm
 from medfast.methods import METHODS, method_class
-from medfast.models import PRESETS
 from medfast.models.pair import build_model
 from medfast.step import Step
 
-# With batch norm in the image tower.
-TINY = dataclasses.replace(
-    PRESETS["tiny"],
-    image_size=32,
-    image_args={**PRESETS["tiny"].image_args, "channels": (8, 16, 24, 32), "stem_width": 8},
-    text={**PRESETS["tiny"].text, "hidden_size": 32, "intermediate_size": 64},
-    embed_dim=16,
-    head_width=16,
-)
-VIT = dataclasses.replace(
-    TINY,
-    image="vit_tiny_patch16_224",
-    image_args={"depth": 1, "embed_dim": 32, "num_heads": 2},
-)
 # Equal batches, and such as damaged samples leave; a rank may have a single pair.
 SIZES = [(13, 11), (9, 14, 1), (6, 6, 6, 6)]
 
@@ -61,6 +47,7 @@ def cases(sizes):
 def make_step(case, tokenizer, ring=None):
     torch.manual_seed(0)
     method = method_class(case.method)(case.impl, case.group_positives)
+    # The first has batch norm in its image tower.
     preset = {"tiny": TINY, "vit": VIT}[case.preset]
     model = build_model(preset, tokenizer, method.needs_tokens)
     method.add_heads(model, preset.head_width)
