@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from medfast import __version__
+from medfast import __version__, cli
 from medfast.device import has_bf16
 from medfast.ops.dispatch import IMPLEMENTATIONS, NAMES, choose, why_not
 
@@ -16,6 +17,17 @@ PACKAGES = (
     *("torch", "torchvision", "triton", "timm", "transformers", "tokenizers"),
     *("numpy", "pillow", "matplotlib", "scikit-learn"),
 )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `medfast env`."""
+
+    def command() -> None:
+        parser = cli.Parser(prog="medfast env", description=cli.COMMANDS["env"])
+        parser.parse_args(argv)
+        print(describe())
+
+    cli.run(command, "medfast env")
 
 
 def describe() -> str:
@@ -67,3 +79,7 @@ def _gpu() -> str:
         return "none that torch can use"
     names = (torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     return f"{', '.join(names)}; CUDA {torch.version.cuda}"
+
+
+if __name__ == "__main__":
+    main()

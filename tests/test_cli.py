@@ -1,3 +1,5 @@
+import os
+import signal
 import subprocess
 import sys
 
@@ -102,6 +104,29 @@ def test_env_reports_versions_and_implementations(capsys):
     shown = capsys.readouterr().out
     for word in ("torch", "medfast", "clip_loss", "local_alignment_loss", "reference", "triton"):
         assert word in shown
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_is_not_read_to_its_end_is_no_error(unbuffered):
+    code = "from medfast import cli\ncli.run(lambda: [print('line') for _ in range(99999)], 'it')"
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    ) as process:
+        assert process.stdout.readline() == b"line\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(capsys):
+    def command():
+        raise BrokenPipeError("a worker is gone")
+
+    with capsys.disabled(), pytest.raises(BrokenPipeError, match="a worker is gone"):
+        cli.run(command, "it")
 
 
 def test_a_missing_package_is_named_with_its_remedy(capsys):
