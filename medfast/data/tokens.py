@@ -154,6 +154,8 @@ class Tokenizer:
         encoded = self._inner(
             list(captions),
             padding=True,
+            # As the towers expect, whatever the tokenizer was published with.
+            padding_side="right",
             truncation=True,
             max_length=self.context_length,
             return_special_tokens_mask=True,

@@ -138,6 +138,8 @@ class TextTower(nn.Module):
         self.trunk: Any = AutoModel.from_config(config, **args)
         self.width: int = config.hidden_size
         self.vocab_size = vocab_size
+        # A token sees those before it alone.
+        self.is_causal: bool = config.model_type == "clip_text_model"
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -157,7 +159,10 @@ class TextTower(nn.Module):
         The global feature is the one at the end token where the model has such a pooler (CLIP),
         else the mean over the tokens of `mask`.
         """
-        output = self.trunk(input_ids=ids, attention_mask=mask)
+        # Padding comes last, where no token of a causal tower looks. Without a mask such a tower
+        # takes the faster attention, and nobody waits for a GPU to say whether there is padding.
+        seen = None if self.is_causal else mask
+        output = self.trunk(input_ids=ids, attention_mask=seen)
         tokens = output.last_hidden_state
         pooled = getattr(output, "pooler_output", None)
         if pooled is None:

@@ -41,6 +41,11 @@ def test_masks_tell_words_from_padding_start_and_end(tokenizer):
     assert tokens.word_mask.tolist() == [[False, True, True, False], [False, True, False, False]]
 
 
+def test_padding_comes_last_whatever_the_tokenizer_says(published):
+    published._inner.padding_side = "left"
+    assert published(["left lung", "a"]).mask.tolist() == [[True] * 4, [True] * 3 + [False]]
+
+
 def test_long_captions_are_cut_and_keep_their_end(tokenizer):
     tokens = tokenizer(["nodule " * 100])
     assert tokens.ids.shape == (1, 48)
