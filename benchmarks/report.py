@@ -1,6 +1,6 @@
 """`python -m benchmarks.report`: tables and a picture from the newest JSON files.
 
-`--readme README.md` renews the README's part, which names the files that it is made of.
+`--page docs/performance.md` renews that page's part, which names the files that it is made of.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from benchmarks.ops import OPS
 from benchmarks.targets import line, quantity, size
 
 _RESULTS = ("loss", "d_image", "d_text", "d_scale")
-# What the README shows of them.
-_README_ERRORS = ("loss", "d_image")
+# What the page shows of them.
+_PAGE_ERRORS = ("loss", "d_image")
 _MARK, _END_MARK = "<!-- benchmarks: ", "<!-- end of benchmarks -->"
-# Ops of which the README shows every comparison with a peer.
-_README_OPS = ("local_alignment_loss", "filip_loss", "sparc_loss")
+# Ops of which the page shows no comparison but in other tables.
+_NOT_SHOWN = ("clip_loss", "siglip_loss", "cyclip_loss", "retrieval_rank", "paired_ranks")
 # What the picture leaves out, or it would be crowded.
 _NOT_DRAWN = ("medfast torch*", "*compiled")
+
+_DASH = "-"
 
 Comparison = dict[str, Any]
 
@@ -51,8 +53,8 @@ def report(found: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def readme_part(files: Sequence[str], folder: Path = results.FOLDER) -> str:
-    """Return the README's part about the results in these files, between its two marks."""
+def page_part(files: Sequence[str], folder: Path = results.FOLDER) -> str:
+    """Return a page's part about the results in these files, between its two marks."""
     found = [results.load(folder / name) for name in files]
     parts = [f"{_MARK}{' '.join(files)} -->"]
     for machine, one in _by_machine(found).items():
@@ -66,36 +68,36 @@ def readme_part(files: Sequence[str], folder: Path = results.FOLDER) -> str:
             comparison_table(family[-1]),
             f"{_title(family[0], size('B', *family[0]['shape'][1:]))}:",
             size_table(family, "median_s"),
-            f"![time and peak memory against the batch size](benchmarks/results/{_file(machine)})",
+            f"![time and memory against the batch size](../benchmarks/results/{_file(machine)})",
         ]
         for comparison in comparisons:
             peers = [row for row in _measured(comparison) if not row["own"]]
-            if comparison["op"] in _README_OPS and peers:
+            if comparison["op"] not in _NOT_SHOWN and peers:
                 parts += [f"{_title(comparison)}:", comparison_table(comparison)]
         for result in one:
             if result["name"] == "errors":
-                parts += errors_tables(result, "", _README_ERRORS)
+                parts += errors_tables(result, "", _PAGE_ERRORS)
             if result["name"] == loaders.NAME:
                 parts += loaders.summary(result)
     return "\n\n".join([*parts, _END_MARK])
 
 
-def renewed(readme: str, part: str) -> str:
-    """Return a README with its part about the results replaced.
+def renewed(page: str, part: str) -> str:
+    """Return a page with its part about the results replaced.
 
     Raises:
-        ValueError: The README has no such part.
+        ValueError: The page has no such part.
     """
-    before, _, rest = readme.partition(_MARK)
+    before, _, rest = page.partition(_MARK)
     _, mark, after = rest.partition(_END_MARK)
     if not mark:
-        raise ValueError(f"the README has no part from {_MARK}... --> to {_END_MARK}")
+        raise ValueError(f"the page has no part from {_MARK}... --> to {_END_MARK}")
     return before + part + after
 
 
-def files_of(readme: str) -> list[str]:
-    """Return the files that the README's part was made of."""
-    return readme.partition(_MARK)[2].partition(" -->")[0].split()
+def files_of(page: str) -> list[str]:
+    """Return the files that a page's part was made of."""
+    return page.partition(_MARK)[2].partition(" -->")[0].split()
 
 
 def comparisons_of(found: Sequence[dict[str, Any]]) -> list[Comparison]:
@@ -108,25 +110,26 @@ def comparison_table(comparison: Comparison) -> str:
     """Return one comparison, variant by variant, and how many times faster than the first peer."""
     rows = _measured(comparison)
     base = next((row for row in rows if not row["own"]), rows[0])
-    head = ["variant", "time", "p20 to p80", f"{base['variant']} / this"]
-    head += ["TFLOP/s", "% of torch.mm", "peak memory", "largest error"]
-    lines = []
+    columns: dict[str, list[str]] = {"variant": [], "time": [], "p20 to p80": []}
+    columns |= {f"{base['variant']} / this": [], "pairs/s": [], "TFLOP/s": [], "% of torch.mm": []}
+    columns |= {"peak memory": [], "largest error": []}
     for row in rows:
-        spread = f"{quantity(row['p20_s'])} to {quantity(row['p80_s'])}"
         scaled = f" (on {row['share']:.0%} of the queries, scaled)" if "share" in row else ""
-        lines.append(
-            [
-                row["variant"] + scaled,
-                quantity(row["median_s"]),
-                spread,
-                f"{base['median_s'] / row['median_s']:.2f}x",
-                f"{row['tflops']:.3g}" if "tflops" in row else "-",
-                f"{row['percent_of_mm']:.0f}" if "percent_of_mm" in row else "-",
-                _text(row.get("peak_bytes"), "peak_bytes"),
-                f"{max(row['errors'].values()):.1e}" if row.get("errors") else "-",
-            ]
-        )
-    return _markdown(head, lines)
+        cells = [
+            row["variant"] + scaled,
+            quantity(row["median_s"]),
+            f"{quantity(row['p20_s'])} to {quantity(row['p80_s'])}",
+            f"{base['median_s'] / row['median_s']:.2f}x",
+            f"{row['pairs_per_s']:,.0f}" if "pairs_per_s" in row else _DASH,
+            f"{row['tflops']:.3g}" if "tflops" in row else _DASH,
+            f"{row['percent_of_mm']:.0f}" if "percent_of_mm" in row else _DASH,
+            _text(row.get("peak_bytes"), "peak_bytes"),
+            f"{max(row['errors'].values()):.1e}" if row.get("errors") else _DASH,
+        ]
+        for column, cell in zip(columns.values(), cells, strict=True):
+            column.append(cell)
+    known = {title: column for title, column in columns.items() if {*column} != {_DASH}}
+    return _markdown(list(known), list(zip(*known.values(), strict=True)))
 
 
 def size_table(family: Sequence[Comparison], key: str) -> str:
@@ -258,7 +261,7 @@ def _value(comparison: Comparison, name: str, key: str) -> float | None:
 
 
 def _text(value: float | None, key: str) -> str:
-    return "-" if value is None else quantity(value, key)
+    return _DASH if value is None else quantity(value, key)
 
 
 def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -270,7 +273,7 @@ def main() -> None:
     """Print the tables of every machine, and draw its picture beside the results."""
     parser = argparse.ArgumentParser(prog="benchmarks.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the JSON")
-    parser.add_argument("--readme", type=Path, help="a README whose part is to be renewed")
+    parser.add_argument("--page", type=Path, help="a page whose part is to be renewed")
     given = parser.parse_args()
     newest = sorted(results.newest(given.results).items())
     found = [result for (name, _), result in newest if not name.startswith("gpu_small")]
@@ -284,11 +287,10 @@ def main() -> None:
     for machine, one in _by_machine(found).items():
         print(f"## {machine}\n\n{report(one)}")
         picture(comparisons_of(one), given.results / _file(machine))
-    if given.readme is not None:
+    if given.page is not None:
         files = [results.file_name(result["name"], result["conditions"]) for result in found]
-        text = given.readme.read_text(encoding="utf-8")
-        part = readme_part(files, given.results)
-        given.readme.write_text(renewed(text, part), encoding="utf-8")
+        text = given.page.read_text(encoding="utf-8")
+        given.page.write_text(renewed(text, page_part(files, given.results)), encoding="utf-8")
 
 
 if __name__ == "__main__":
