@@ -2,7 +2,6 @@
 
 import functools
 import re
-import shlex
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from medfast import cli, evaluate, json_lines
 from medfast.data.phantom.classification import write_classification
 from medfast.data.phantom.vqa import write_vqa
 from medfast.errors import UsageError
-from medfast.evals.suite import EVALUATIONS, about, tasks
+from medfast.evals.suite import EVALUATIONS, tasks
 from medfast.evals.vqa import Training, vqa
 
 KEYS = ("pad_ufes_20", "roco", "vqa_rad")
@@ -21,7 +20,6 @@ CELLS = (
     *("pad_ufes_20.zero_shot", "pad_ufes_20.linear_probe"),
     *("roco.image_to_text", "roco.text_to_image", "vqa_rad.vqa"),
 )
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -273,27 +271,3 @@ def test_a_folder_that_cannot_be_written_is_refused(command, data, tmp_path, cap
     (tmp_path / "out").touch()
     assert _exit_code(command, data)[0] == 2
     assert "--out" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_the_readme_lists_every_data_set_with_licence_and_access():
-    rows = README.partition("\n| evaluation |")[2].partition("\n\n")[0].splitlines()[2:]
-    listed = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    of = {key: about(key) for key in EVALUATIONS}
-    assert listed == [
-        [f"`{key}`", kind, of[key].title, of[key].licence, of[key].access]
-        for key, kind in EVALUATIONS.items()
-    ]
-
-
-def test_the_readme_s_commands_parse(short_run, data):
-    found = re.findall(r"^python -m medfast\.evaluate (.*)$", README, re.MULTILINE)
-    assert found
-    for line in found:
-        words = shlex.split(line, comments=True)
-        for name, real in (
-            ("RUN", short_run),
-            ("DIR", data),
-            ("roco:/data/roco", f"roco:{data / 'roco'}"),
-        ):
-            words = [str(real) if word == name else word for word in words]
-        cli.parse_evaluate(words)

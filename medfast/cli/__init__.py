@@ -1,6 +1,7 @@
 """The command line: flags from dataclasses, one-sentence errors, and what is printed."""
 
 from medfast.cli.commands import COMMANDS, main
+from medfast.cli.data import parse_data
 from medfast.cli.evaluate import parse_evaluate
 from medfast.cli.output import log_to_console, results_table
 from medfast.cli.parser import Parser
@@ -16,6 +17,7 @@ __all__ = [
     "Parser",
     "log_to_console",
     "main",
+    "parse_data",
     "parse_evaluate",
     "parse_profile",
     "parse_results",

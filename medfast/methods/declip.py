@@ -1,4 +1,4 @@
-"""`declip`: InfoNCE plus four kinds of further supervision (Li 2022, arXiv 2110.05208)."""
+"""`declip`: InfoNCE plus SimSiam, masked words, more views and nearest captions (Li 2022)."""
 
 from __future__ import annotations
 
