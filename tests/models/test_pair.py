@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from medfast.models import PRESETS
 from medfast.models.pair import ImageTextModel
@@ -163,3 +164,29 @@ def test_checkpointed_activations_change_nothing_but_memory(preset):
     for name, grad in grads.items():
         torch.testing.assert_close(grads_again[name], grad, msg=lambda text, n=name: f"{n}: {text}")
     assert less < 0.75 * kept
+
+
+class _Calls(TorchDispatchMode):
+    """Notes the names of what is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("preset", [PRESETS["tiny"], VIT])
+def test_attention_of_captions_trains_in_bf16_without_the_slow_backward(preset):
+    model = _model(preset).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        with _Calls() as training:
+            model.encode_text(IDS, MASK)
+        with _Calls() as evaluation, torch.no_grad():
+            model.encode_text(IDS, MASK)
+    with _Calls() as exact:
+        model.encode_text(IDS, MASK)
+    fused = "_scaled_dot_product_flash_attention_for_cpu"
+    assert [fused in calls.names for calls in (training, evaluation, exact)] == [False, True, True]
