@@ -14,14 +14,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from medfast.data.phantom import write_phantom
-from medfast.data.phantom.classification import write_classification
-from medfast.data.phantom.vqa import write_vqa
-from medfast.evals.suite import EVALUATIONS, cells, folder
+from medfast.data.phantom.suite import write_suite
+from medfast.evals.suite import cells
 
-PER_CLASS = 20
-PAIRS = 600
-IMAGES = 120
 TRAINING = ("--phantom-pairs", "1000", "--epochs", "5", "--force-image-size", "64")
 
 
@@ -38,10 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data, logs = base / "data", base / "logs"
     started = time.perf_counter()
     if not data.exists():
-        beside = base / "data.part"
-        shutil.rmtree(beside, ignore_errors=True)
-        write_sets(beside)
-        beside.rename(data)
+        write_suite(data)
     print(f"the data are there after {time.perf_counter() - started:.0f} s", flush=True)
     if not (logs / "suite" / "report.html").exists():
         shutil.rmtree(logs, ignore_errors=True)
@@ -57,18 +49,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"{len(lacking)} results are missing: {', '.join(lacking)}.")
     print((results / "results.md").read_text(encoding="utf-8"))
     print(f"{len(cells())} results after {time.perf_counter() - started:.0f} s: {results}")
-
-
-def write_sets(root: Path) -> None:
-    """Write the phantom as every data set of the suite, each into its folder in `root`."""
-    for key, kind in EVALUATIONS.items():
-        out = root / folder(key)
-        if kind == "classification":
-            write_classification(out, key, per_class=PER_CLASS)
-        elif kind == "retrieval":
-            write_phantom(out, layout=key, pairs=PAIRS, seed=1)
-        else:
-            write_vqa(out, layout=key, images=IMAGES, seed=1)
 
 
 def _json(results: Path, key: str, task: str) -> Path:

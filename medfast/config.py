@@ -152,6 +152,9 @@ class TrainConfig:
     grad_checkpointing: bool = setting(
         False, "model", "Compute activations again in the backward instead of keeping them."
     )
+    torchcompile: bool = setting(
+        False, "model", "Train the towers compiled by torch.compile, which takes minutes at first."
+    )
     precision: Precision = setting(
         "auto",
         "model",
@@ -248,6 +251,13 @@ class TrainConfig:
     )
     device: Device = setting(
         "auto", "run", "Where to train; auto takes a GPU when there is one.", frozen_on_resume=False
+    )
+    show_credentialed_images: bool = setting(
+        False,
+        "run",
+        "Show held-out images of credentialed sets in report.html too: keep that file where the "
+        "set may be kept.",
+        frozen_on_resume=False,
     )
     dry_run: bool = setting(
         False,

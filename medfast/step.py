@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from medfast.data.loader import Batch
 from medfast.data.tokens import NOT_PREDICTED, Masked
 from medfast.device import autocast
+from medfast.distributed.batch_norm import SyncBatchNorm
 from medfast.distributed.gradients import GradientMean
 from medfast.distributed.sharding import is_sharded
 from medfast.methods.base import Method
@@ -41,10 +43,16 @@ class Step:
         method: What turns their features into losses.
         device: Where they are.
         precision: Of towers and heads, a value of --precision.
+        compiled: Train the towers compiled; elsewhere the model is as it was.
     """
 
     def __init__(
-        self, model: ImageTextModel, method: Method, device: torch.device, precision: str
+        self,
+        model: ImageTextModel,
+        method: Method,
+        device: torch.device,
+        precision: str,
+        compiled: bool = False,
     ) -> None:
         self.model = model
         self.method = method
@@ -53,6 +61,13 @@ class Step:
         # fp16 has too little range for small gradients; without it this does nothing.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "amp")
         self.unsound: Tensor | None = None
+        towers = (model.image_tower, model.text_tower) if compiled else ()
+        self._compiled: dict[nn.Module, Callable[..., Any]] = {
+            tower: torch.compile(tower.forward) for tower in towers
+        }
+        # What waits for other ranks is left out of the graphs.
+        norms = (m for tower in towers for m in tower.modules() if isinstance(m, SyncBatchNorm))
+        self._compiled |= {norm: torch.compiler.disable(norm.forward) for norm in norms}
         parameters = nn.ModuleList([model, method]).parameters()
         # Those of parts come as means already.
         own = [p for p in parameters if not is_sharded(p)]
@@ -99,7 +114,7 @@ class Step:
         return self._of_all_ranks(losses, whole)
 
     def _encode(self, batch: Batch) -> Features:
-        with autocast(self.precision, self.device):
+        with autocast(self.precision, self.device), _in_place(self._compiled):
             return self.method.encode(self.model, batch)
 
     def _losses(self, features: Features, batch: Batch) -> dict[str, Tensor]:
@@ -185,6 +200,18 @@ def _joined(parts: Sequence[Tensor], padding: int = 0) -> Tensor:
     longest = max(part.shape[1] for part in parts)
     sides = (0,) * (2 * parts[0].ndim - 4)
     return torch.cat([F.pad(x, (*sides, 0, longest - x.shape[1]), value=padding) for x in parts])
+
+
+@contextlib.contextmanager
+def _in_place(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Within the context, modules have other forwards than those of their classes."""
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
 
 
 @contextlib.contextmanager

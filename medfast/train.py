@@ -43,6 +43,10 @@ PHANTOM_NOTE = (
 CREDENTIALED_NOTE = (
     "The data are given to single persons under an agreement: their images are left out here."
 )
+CREDENTIALED_SHOWN_NOTE = (
+    "The data are given to single persons under an agreement, and their images were asked for: "
+    "keep this file where the data may be kept."
+)
 
 CHANGED_WORLD = (
     "%d processes go on in place of %d, with %d pairs in %d batches each: the pairs of a step stay "
@@ -292,7 +296,7 @@ def fit_and_evaluate(
     if len(skipped):
         log.info("%d samples could not be used; they are in %s", len(skipped), run.skipped)
     private = any(is_credentialed(source, root) for source, root in sources)
-    write_run_report(config, run, method, encoder, [] if private else test, embeddings, results)
+    write_run_report(config, run, method, encoder, test, embeddings, results, private=private)
     log.info("wrote %s", run.report)
     return processes.is_first
 
@@ -333,18 +337,21 @@ def write_run_report(
     records: Sequence[Record],
     embeddings: Embeddings,
     results: Sequence[Mapping[str, Any]],
+    *,
+    private: bool,
 ) -> None:
     """Write the run's report.html from its metrics and results.
 
-    It shows a few of `records`, the held-out pairs; of credentialed sets, whose images must not be
-    passed on, there are none.
+    It shows a few of `records`, the held-out pairs; if they are `private`, of a credentialed set
+    whose images must not be passed on, only where the settings ask for it.
     """
     from medfast.data.decode import decode
     from medfast.evals.attention import attention_examples
     from medfast.report import ContactExample, write_report
 
     found = embeddings.ranks[0].tolist()
-    shown = some(range(len(found)), CONTACT_EXAMPLES, config.seed) if records else []
+    hidden = private and not config.show_credentialed_images
+    shown = [] if hidden else some(range(len(found)), CONTACT_EXAMPLES, config.seed)
     pairs = [(records[int(embeddings.index[row])], found[row]) for row in shown]
     attended = [record for record, _ in pairs[:ATTENTION_EXAMPLES]]
     size = config.preset.image_size
@@ -352,7 +359,8 @@ def write_run_report(
     if run.rank:
         return
     notes = [PHANTOM_NOTE] if "phantom" in config.train_data else []
-    notes += [] if records else [CREDENTIALED_NOTE]
+    if private:
+        notes.append(CREDENTIALED_NOTE if hidden else CREDENTIALED_SHOWN_NOTE)
     write_report(
         run.report,
         name=run.path.name,

@@ -91,7 +91,7 @@ class Trainer:
         self.is_asked_to_stop = False
         modules = nn.ModuleList([model, method])
         self.optimizer = build_optimizer(config, modules.parameters())
-        self.one_step = Step(model, method, device, config.precision)
+        self.one_step = Step(model, method, device, config.precision, config.torchcompile)
         # Batches that a step takes.
         self.parts = min(config.accum_freq, len(loader))
         # What is left over at the end of an epoch is no whole step.

@@ -47,12 +47,13 @@ def records(phantom):
 def make(tokenizer):
     """Return a step by the preset of its model, its method and its precision."""
 
-    def step(preset, key, precision="fp32", **settings):
+    def step(preset, key, precision="fp32", compiled=False, **settings):
         torch.manual_seed(0)
         method = method_class(key)(**settings)
         model = build_model(preset, tokenizer, method.needs_tokens)
         method.add_heads(model, preset.head_width)
-        made = Step(model.train(), method.train(), torch.device("cpu"), precision)
+        place = torch.device("cpu")
+        made = Step(model.train(), method.train(), place, precision, compiled)
         for bank in (m for m in method.children() if hasattr(m, "push")):
             bank.push(nn.functional.normalize(torch.randn(7, preset.embed_dim), dim=-1))
         return made
@@ -102,6 +103,35 @@ def test_parts_have_the_gradient_of_the_whole_batch(make, parts, key, size):
         assert error <= 2e-5 * gradient.norm() + 1e-7, f"{name}: {error / gradient.norm():.1e}"
     for name, value in _buffers(whole).items():
         torch.testing.assert_close(_buffers(cached)[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("key", "count"), [("clip", 1), ("declip", 2)])
+def test_compiled_towers_have_the_same_gradient_and_leave_the_model_as_it_was(
+    make, parts, key, count, monkeypatch
+):
+    compiled = []
+    # After some graphs of one function it would be traced no more.
+    torch.compiler.reset()
+
+    def compile(function):
+        """Trace as torch.compile does, without minutes of code generation."""
+        compiled.append(function.__self__)
+        return _compile(function, backend="eager")
+
+    _compile = torch.compile
+    monkeypatch.setattr(torch, "compile", compile)
+    plain, traced = make(VIT, key), make(VIT, key, compiled=True)
+    model = traced.model
+    assert compiled == [model.image_tower, model.text_tower]
+    batches = parts(PAIRS // count, plain.method)
+    want, got = plain.backward(batches), traced.backward(batches)
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6)
+    gradients = _gradients(traced)
+    for name, gradient in _gradients(plain).items():
+        error = (gradients[name] - gradient).norm()
+        assert error <= 2e-5 * gradient.norm() + 1e-7, name
+    assert "forward" not in {**vars(model.image_tower), **vars(model.text_tower)}
 
 
 def _first(part, pairs):

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from medfast.cli.commands import COMMANDS
+from medfast.cli.evaluate import parse_evaluate
 from medfast.cli.parser import Parser
 from medfast.cli.settings import read_config
 from medfast.config import TrainConfig
 from medfast.errors import UsageError, unknown_name
+from medfast.evals.suite import EVALUATIONS, folder
 from medfast.methods import METHODS
-from medfast.study.plan import BUDGETS, OWN_SETTINGS, Study, in_order
+from medfast.study.plan import BUDGETS, OWN_SETTINGS, SUITE_DATA, Study, Suite, in_order
+
+# In place of a folder. One of this name is ./phantom.
+_PHANTOM = "phantom"
 
 
 def parse_study(argv: Sequence[str] | None = None) -> tuple[Study, int, bool]:
@@ -50,6 +55,22 @@ def parse_study(argv: Sequence[str] | None = None) -> tuple[Study, int, bool]:
         metavar="SOURCE",
         help="General-domain weights, as for medfast train; without it the study trains some.",
     )
+    parser.add_argument(
+        "--data-root",
+        metavar="DIR",
+        help="Evaluate the runs on what is there of 25 data sets, as medfast evaluate does; "
+        f"'{_PHANTOM}': on phantoms of all of them, which the study writes.",
+    )
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="KEY:FOLDER",
+        help="Where single data sets are, in place of their folders in --data-root.",
+    )
+    parser.add_argument(
+        "--datasets", nargs="+", default=[], metavar="KEY", help="Evaluate on these alone."
+    )
     given = parser.parse_args(argv)
     for name in given.methods:
         if name not in ("all", *METHODS):
@@ -59,7 +80,34 @@ def parse_study(argv: Sequence[str] | None = None) -> tuple[Study, int, bool]:
     methods = in_order(list(METHODS) if "all" in given.methods else given.methods)
     out = Path(given.out or Path("studies") / Path(given.budget).stem).expanduser()
     settings = _read_budget(given.budget)
-    return Study(methods, given.budget, settings, out, given.pretrained), given.jobs, given.list
+    suite = _suite(given.data_root, given.data, given.datasets, out)
+    study = Study(methods, given.budget, settings, out, given.pretrained, suite)
+    return study, given.jobs, given.list
+
+
+def _suite(
+    root: str | None, places: Sequence[str], chosen: Sequence[str], out: Path
+) -> Suite | None:
+    """Return what the runs are evaluated on, if anything is asked for."""
+    for key in chosen:
+        if key not in EVALUATIONS:
+            raise UsageError(unknown_name("--datasets", key, EVALUATIONS))
+    if root is None and not places:
+        if chosen:
+            raise UsageError("--datasets: say where they are, with --data-root or --data.")
+        return None
+    data = ["--data", *places] if places else []
+    keys = ["--datasets", *chosen] if chosen else []
+    if root == _PHANTOM:
+        if places:
+            raise UsageError(f"--data-root {_PHANTOM} has all data sets; leave out --data.")
+        base = out / SUITE_DATA
+        roots = {key: base / folder(key) for key in chosen or EVALUATIONS}
+        words = ("--data-root", str(base), *keys)
+        return Suite(("--data-root", root, *keys), words, roots, is_phantom=True)
+    words = (*([] if root is None else ["--data-root", root]), *data, *keys)
+    # The model does not matter here.
+    return Suite(words, words, parse_evaluate(["--model", "any", *words]).roots)
 
 
 def _read_budget(name: str) -> dict[str, Any]:

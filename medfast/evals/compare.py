@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from medfast.errors import UsageError, unknown_name
+from medfast.report.heat_map import MISSING, Share, draw_heat_map
 from medfast.report.text import count, figure, interval, is_share, joined, number, readable
 
 Row = Mapping[str, Any]
@@ -238,39 +239,20 @@ def heat_map(comparison: Comparison, path: Path) -> None:
     Raises:
         UsageError: there is no share, of which 1 is perfect, among the metrics.
     """
-    import numpy as np
-    from matplotlib.figure import Figure
-
     shares = {m: of_run for m, of_run in comparison.values.items() if is_share(m.metric)}
     if not shares:
         raise UsageError("--png: none of the metrics is a share between 0 and 1; name others.")
-    shape = len(shares), len(comparison.runs)
-    values, chances = np.full(shape, np.nan), np.zeros(shape)
-    for row, of_run in enumerate(shares.values()):
-        for column, run in enumerate(comparison.runs):
-            if run in of_run:
-                values[row, column] = of_run[run].value
-                chances[row, column] = np.nan_to_num(of_run[run].chance)
-    # Where chance is perfect already, nothing is better than it.
-    colours = (values - chances) / np.where(chances < 1, 1 - chances, np.nan)
-    # A figure of its own, without pyplot: the caller's figures and backend stay as they are.
-    size = 4.5 + 1.1 * shape[1], 1.6 + 0.26 * shape[0]
-    drawing = Figure(figsize=size, layout="constrained")
-    axes = drawing.add_subplot()
-    image = axes.imshow(colours, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(shape[1]), comparison.runs, rotation=30, ha="right", fontsize=8)
-    axes.set_yticks(range(shape[0]), map(str, shares), fontsize=8)
-    for (row, column), value in np.ndenumerate(values):
-        if not np.isnan(value):
-            dark = not colours[row, column] > 1 / 2
-            words = f"{100 * value:.1f}"
-            colour = "white" if dark and not np.isnan(colours[row, column]) else "black"
-            axes.text(column, row, words, ha="center", va="center", color=colour, fontsize=8)
-    axes.tick_params(length=0)
-    axes.set_title("values in %", fontsize=8)
-    drawing.colorbar(image).set_label("chance (0) to perfect (1)", fontsize=8)
-    # Without the version of matplotlib, so that equal results are equal files.
-    drawing.savefig(path, format="png", dpi=150, metadata={"Software": None})
+    draw_heat_map(
+        path,
+        rows=[str(measure) for measure in shares],
+        columns=comparison.runs,
+        shares=[[_share(of_run.get(run)) for run in comparison.runs] for of_run in shares.values()],
+        title="values in %",
+    )
+
+
+def _share(value: Value | None) -> Share:
+    return MISSING if value is None else Share(value.value, value.chance)
 
 
 def _or_least(value: float) -> float:

@@ -1,5 +1,5 @@
-"""The report of one training run: a single HTML file that needs nothing beside it."""
+"""Reports: single HTML files that need nothing beside them."""
 
-from medfast.report.page import AttentionExample, ContactExample, write_report
+from medfast.report.run import AttentionExample, ContactExample, write_report
 
 __all__ = ["AttentionExample", "ContactExample", "write_report"]

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
-from medfast.report.charts import SERIES_COLOURS, Line, legend_key, line_chart
-from medfast.report.text import count, figure, number, readable, text
+from medfast.report.charts import SERIES_COLOURS, Line, chart, line_chart
+from medfast.report.text import count, figure, number, readable
 
 Row = Mapping[str, Any]
 
@@ -69,7 +69,7 @@ def _losses(training: Sequence[Row], until: float) -> str:
     if lost := len(steps) - len(_finite(series["total"])):
         caption += f" Without a finite total: {lost:,} of {len(steps):,} logged steps."
     ends = ", ".join(f"{line.name} {value:.3g}" for line, value in zip(lines, last, strict=True))
-    return _chart(
+    return chart(
         line_chart(lines, alt=f"Training loss; last values: {ends}.", until=until),
         legend=[(line, f"{value:.3g}") for line, value in zip(lines, last, strict=True)],
         caption=caption,
@@ -107,20 +107,10 @@ def _recalls(validation: Sequence[Row], until: float) -> str:
         *(Line(readable(name), "muted", dash) for name, dash in _DIRECTIONS.items()),
         Line("chance", "muted", "dotted"),
     ]
-    return _chart(
+    return chart(
         line_chart(lines, alt=caption, until=until, percent=True),
         legend=[(line, "") for line in legend],
         caption=caption,
-    )
-
-
-def _chart(svg: str, *, legend: Sequence[tuple[Line, str]], caption: str) -> str:
-    keys = "".join(
-        f"<li>{legend_key(line)}{text(line.name)} <b>{value}</b></li>" for line, value in legend
-    )
-    return (
-        f'<figure><ul class="legend">{keys}</ul>{svg}'
-        f"<figcaption>{text(caption)}</figcaption></figure>"
     )
 
 

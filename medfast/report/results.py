@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from medfast.report.text import count, figure, interval, is_share, joined, number, readable, text
+from medfast.report.table import Cell, table, words
+from medfast.report.text import count, figure, interval, is_share, joined, number, readable
 
 Row = Mapping[str, Any]
 
@@ -17,6 +18,7 @@ _TASKS = {
 }
 # The value stands early, where a phone shows it without scrolling.
 _COLUMNS = (
+    "Task",
     "Data",
     "Metric",
     "Value",
@@ -60,54 +62,41 @@ def headline(results: Sequence[Row], validation: Sequence[Row]) -> str:
 
 
 def result_table(results: Sequence[Row]) -> str:
-    """Return the evaluations as a table, grouped by task, a line per metric."""
+    """Return the evaluations as a table, ordered by task, with a line per metric."""
     if not results:
         return '<p class="empty">No results were recorded.</p>'
     by_task: dict[str, list[Row]] = {task: [] for task in _TASKS}
     for row in results:
         by_task.setdefault(str(row.get("task") or "other"), []).append(row)
-    head = "".join(f'<th scope="col">{title}</th>' for title in _COLUMNS)
-    bodies = "".join(_task(task, rows) for task, rows in by_task.items() if rows)
+    lines = (line for rows in by_task.values() for row in rows for line in _lines(row))
     return (
-        '<div class="scroll" role="region" aria-label="Result table" tabindex="0">'
-        f'<table class="results"><thead><tr>{head}</tr></thead>'
-        f"{bodies}</table></div>"
-        '<p class="quiet">Dot: value. Bar: 95\u00a0% interval. Tick: chance.</p>'
+        table("Results", _COLUMNS, lines)
+        + '<p class="quiet">Dot: value. Bar: 95\u00a0% interval. Tick: chance.</p>'
     )
 
 
-def _task(task: str, rows: Sequence[Row]) -> str:
+def _lines(row: Row) -> Iterator[list[Cell]]:
+    """Yield the line of each metric of an evaluation."""
+    task = str(row.get("task") or "other")
     title = _TASKS.get(task) or readable(task).capitalize()
-    return (
-        f'<tbody><tr><th class="task" colspan="{len(_COLUMNS)}" scope="rowgroup">{text(title)}</th>'
-        f"</tr>{''.join(map(_evaluation, rows))}</tbody>"
-    )
-
-
-def _evaluation(row: Row) -> str:
     metrics, chances, intervals = (row.get(key) or {} for key in ("metrics", "chance", "ci95"))
-    lines = []
     for metric, value in metrics.items():
         chance = chances.get(metric)
         low, high = map(number, intervals.get(metric) or (None, None))
-        lines.append(
-            f"<td>{text(readable(metric))}</td>"
-            f'<td class="value">{figure(metric, value)}</td>'
-            f"<td>{interval(metric, low, high)}</td>"
-            f"<td>{figure(metric, chance)}</td>"
-            f"<td>{_range(value, low, high, chance) if is_share(metric) else ''}</td>"
-        )
-    # What the metrics share spans the lines of all of them.
-    span = f'rowspan="{len(lines)}"'
-    data = text(joined(" / ", row.get("dataset"), row.get("name")))
-    lines[0] = (
-        f'<th scope="row" {span}>{data}</th>{lines[0]}'
-        f"<td {span}>{count(row.get('n'))}</td><td {span}>{text(row.get('split', ''))}</td>"
-    )
-    return "".join(f"<tr>{line}</tr>" for line in lines)
+        yield [
+            words(title),
+            words(joined(" / ", row.get("dataset"), row.get("name"))),
+            words(readable(metric)),
+            Cell(figure(metric, value), number(value), 'class="value"'),
+            Cell(interval(metric, low, high), high - low),
+            Cell(figure(metric, chance), number(chance)),
+            _range(value, low, high, chance) if is_share(metric) else Cell("", math.nan),
+            Cell(count(row.get("n")), number(row.get("n"))),
+            words(row.get("split") or ""),
+        ]
 
 
-def _range(value: Any, low: Any, high: Any, chance: Any) -> str:
+def _range(value: Any, low: Any, high: Any, chance: Any) -> Cell:
     """Draw value, interval and chance of a share on a line from 0 to 100 %."""
     value, low, high, chance = map(number, (value, low, high, chance))
     marks = ""
@@ -117,4 +106,4 @@ def _range(value: Any, low: Any, high: Any, chance: Any) -> str:
         marks += f'<i class="tick" style="left:{chance:.1%}"></i>'
     if not math.isnan(value):
         marks += f'<i class="dot" style="left:{value:.1%}"></i>'
-    return f'<span class="range" aria-hidden="true">{marks}</span>'
+    return Cell(f'<span class="range" aria-hidden="true">{marks}</span>', value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 
 from medfast import cli
@@ -23,7 +24,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(listing(study))
             return
         cli.log_to_console()
-        print(run(study, jobs))
+        text, failed = run(study, jobs)
+        print(text)
+        if failed:
+            # As a text it goes to stderr, and the exit code is 1.
+            sys.exit(
+                "\n".join(
+                    [
+                        *(f"{name}: {reason}" for name, reason in failed.items()),
+                        f"medfast.study: error: {len(failed)} of the runs could not be evaluated "
+                        "on all data sets; the same command tries what is left again.",
+                    ]
+                )
+            )
 
     cli.run(command, "medfast.study")
 
@@ -35,29 +48,37 @@ def versions() -> dict[str, str | None]:
     return {name: value for name, value in provenance().items() if name != "command"}
 
 
-def run(study: Study, jobs: int) -> str:
-    """Run what is left of a study, write its tables and return them.
+def run(study: Study, jobs: int) -> tuple[str, dict[str, str]]:
+    """Run what is left of a study, and write its tables and its page.
+
+    Returns:
+        The tables; and the runs whose evaluation failed, and why.
 
     Raises:
         UsageError: something that the user can mend.
     """
     from medfast.study.execute import check_runnable, execute
+    from medfast.study.page import write_study_page
     from medfast.study.report import document, tables
-    from medfast.study.results import read_outcome, write_csv
+    from medfast.study.results import read_outcome, with_suite, write_csv
 
     check(study)
     check_runnable(study)
     with locked(study) as lock:
         record = check(study)  # again: another study may have been at work until now
         record.content["versions"] = versions()
+        if study.suite is not None:
+            record.content["phantom_suite"] = study.suite.is_phantom
         record.save()
-        execute(study, record, jobs, lock)
+        failed = execute(study, record, jobs, lock)
         runs = study.plan(best(study))
-        outcomes = [read_outcome(study, run) for run in runs if is_done(study, run)]
+        done = [read_outcome(study, run) for run in runs if is_done(study, run)]
+        outcomes = with_suite(study, done)
         write_csv(study.out / "results.csv", outcomes)
         (study.out / "study.md").write_text(document(study, record, outcomes), encoding="utf-8")
-    log.info("wrote %s and results.csv beside it", study.out / "study.md")
-    return tables(study, record, outcomes)
+        page = write_study_page(study.out / "study.html", study, record, outcomes)
+    log.info("wrote %s, with study.md and results.csv beside it", page)
+    return tables(study, record, outcomes), failed
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 
 from medfast import parts
 from medfast.data.phantom import write_phantom
+from medfast.data.phantom.suite import write_suite
 from medfast.device import pick_device
 from medfast.errors import UsageError
 from medfast.study.folder import (
@@ -26,12 +27,18 @@ from medfast.study.folder import (
     has_checkpoint,
     has_general_data,
     is_done,
+    is_evaluated,
+    last_line,
     undecided,
 )
-from medfast.study.plan import MORE_SEEDS, PRETRAINING, Run, Study
+from medfast.study.plan import MORE_SEEDS, PRETRAINING, Evaluation, Run, Study
 from medfast.study.results import read_outcome
 
 log = logging.getLogger(__name__)
+
+Job = Run | Evaluation
+# Processes and when they were started.
+Running = dict[Job, tuple[subprocess.Popen[bytes], float]]
 
 # Seconds between two looks at the running processes, and what they get to end in.
 _LOOK = 0.1
@@ -53,42 +60,57 @@ def check_runnable(study: Study) -> None:
         pretrained_tokenizer(study.pretrained)
 
 
-def execute(study: Study, record: Record, jobs: int, lock: IO[str]) -> None:
-    """Run what is not done yet, `jobs` runs at a time.
+def execute(study: Study, record: Record, jobs: int, lock: IO[str]) -> dict[str, str]:
+    """Run and evaluate what is not done yet, `jobs` processes at a time.
 
-    However it ends, its processes end with it; what they were at goes on from its last checkpoint.
+    However it ends, its processes end with it; what they were at goes on from its last checkpoint,
+    or its last result.
 
     Args:
         study: What to run.
-        record: Takes the runs' times.
+        record: Takes the times of runs and evaluations.
         jobs: Most processes at a time, which share the threads.
         lock: The file that holds the study's folder.
+
+    Returns:
+        The runs whose evaluation failed, on some data sets or as a whole, and why.
 
     Raises:
         UsageError: a run failed.
     """
     threads = max(1, torch.get_num_threads() // jobs)
-    running: dict[Run, tuple[subprocess.Popen[bytes], float]] = {}
+    running: Running = {}
+    evaluated: set[Evaluation] = set()
+    failed: dict[str, str] = {}
     before = signal.signal(signal.SIGTERM, _leave)
     try:
-        if _waiting(study):
+        if _waiting(study) or _to_evaluate(study):
             write_data(study)
             record.content["jobs"] = max(jobs, record.jobs)
         while True:
-            ready = [run for run in _waiting(study) if run not in running]
-            for run in ready[: jobs - len(running)]:
-                running[run] = (_begin(study, run, threads, lock), time.monotonic())
+            waiting: list[Job] = [*_waiting(study), *_to_evaluate(study)]
+            ready = [job for job in waiting if job not in running and job not in evaluated]
+            for job in ready[: jobs - len(running)]:
+                running[job] = (_begin(study, job, threads, lock), time.monotonic())
             if not running:
-                return
-            run = _first_to_end(running)
-            process, started = running.pop(run)
-            record.add(run.name, time.monotonic() - started)
-            _check_end(study, run, process.returncode)
-            log.info("%s", _line(study, record, run))
+                return failed
+            job = _first_to_end(running)
+            process, started = running.pop(job)
+            record.add(job.name, time.monotonic() - started)
+            if isinstance(job, Run):
+                _check_end(study, job, process.returncode)
+                log.info("%s", _line(study, record, job))
+                continue
+            evaluated.add(job)
+            if process.returncode:
+                failed[job.run.name] = last_line(study.log(job))
+                log.error("%s: %s", job.name, failed[job.run.name])
+            else:
+                log.info("%s: %.0f s", job.name, record.seconds[job.name])
     finally:
-        for run, (process, started) in running.items():
+        for job, (process, started) in running.items():
             process.terminate()
-            record.add(run.name, time.monotonic() - started)
+            record.add(job.name, time.monotonic() - started)
         for process, _ in running.values():
             try:
                 process.wait(_END)
@@ -124,6 +146,10 @@ def write_data(study: Study) -> None:
         pairs = study.config.phantom_pairs
         log.info("writing %d images of the general domain", pairs)
         write_phantom(study.general_data, pairs=pairs, domain="general")
+    suite = study.suite
+    if suite is not None and suite.is_phantom and not study.suite_data.exists():
+        log.info("writing phantoms of the suite's data sets")
+        write_suite(study.suite_data)
 
 
 def _leave(*_: object) -> NoReturn:
@@ -137,22 +163,32 @@ def _waiting(study: Study) -> list[Run]:
     return [r for r in runs if not is_done(study, r) and (weights or not r.takes_weights)]
 
 
-def _begin(study: Study, run: Run, threads: int, lock: IO[str]) -> subprocess.Popen[bytes]:
-    """Start a run, or take it up."""
-    resume = has_checkpoint(study, run)
-    folder = study.runs / run.name
+def _to_evaluate(study: Study) -> list[Evaluation]:
+    """Return the evaluations that lack results and whose runs are done."""
+    if study.suite is None:
+        return []
+    runs = [run for run in study.plan(best(study)) if run != PRETRAINING and is_done(study, run)]
+    return [Evaluation(run) for run in runs if not is_evaluated(study, run)]
+
+
+def _begin(study: Study, job: Job, threads: int, lock: IO[str]) -> subprocess.Popen[bytes]:
+    """Start a run or an evaluation, or take it up."""
+    if isinstance(job, Evaluation):
+        return start(study.evaluation_command(job.run), study.log(job), threads, lock)
+    resume = has_checkpoint(study, job)
+    folder = study.runs / job.name
     if not resume and folder.exists():
         shutil.rmtree(folder)  # nothing of it is of use
     if resume:
-        log.info("%s goes on from its last checkpoint", run.name)
-    return start(study.command(run, resume), study.log(run), threads, lock)
+        log.info("%s goes on from its last checkpoint", job.name)
+    return start(study.command(job, resume), study.log(job), threads, lock)
 
 
-def _first_to_end(running: dict[Run, tuple[subprocess.Popen[bytes], float]]) -> Run:
+def _first_to_end(running: Running) -> Job:
     while True:
-        for run, (process, _) in running.items():
+        for job, (process, _) in running.items():
             if process.poll() is not None:
-                return run
+                return job
         time.sleep(_LOOK)
 
 
@@ -165,11 +201,9 @@ def _check_end(study: Study, run: Run, code: int) -> None:
     if code == 0 and is_done(study, run):
         return
     path = study.log(run)
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
-    said = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
     raise UsageError(
         f"the run {run.name} failed with exit code {code}; its output is in {path} and ends with: "
-        f"{said[:400]}"
+        f"{last_line(path)[:400]}"
     )
 
 

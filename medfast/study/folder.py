@@ -6,17 +6,21 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from medfast import cli
 from medfast.config import TrainConfig, flag
 from medfast.errors import UsageError
+from medfast.evals.suite import cells
 from medfast.run_folder import RunFolder
-from medfast.study.plan import FAMILIES, MORE_SEEDS, PRETRAINING, Run, Study, shown
+from medfast.study.plan import FAMILIES, MORE_SEEDS, PRETRAINING, SUITE_DATA, Run, Study, shown
 
-OURS = ("study.json", "study.lock", "study.md", "results.csv", "runs", "general")
+OURS = (
+    *("study.json", "study.lock", "study.md", "study.html", "results.csv"),
+    *("runs", "general", SUITE_DATA, "cache"),
+)
 # Settings that may be written in two ways for one thing, as a path from here or from elsewhere;
 # and what goes with them.
 _PATHS = ("train_data", "train_data_weights", "exclude", "tokenizer", "pretrained")
@@ -106,6 +110,13 @@ def check(study: Study) -> Record:
                 f"--out {out} is a study with another --{name} ({_words(was)}). Give it the "
                 "same, or name another folder."
             )
+    was = content.get("phantom_suite")
+    if study.suite is not None and was not in (None, study.suite.is_phantom):
+        before, now = ("phantoms", "data sets") if was else ("data sets", "phantoms")
+        raise UsageError(
+            f"--out {out} is a study that was evaluated on {before}, and results on {now} would "
+            "mix with those. Name another folder."
+        )
     for run in study.plan(best(study)):
         _check_run(study, run)
     return Record(path, content)
@@ -172,6 +183,36 @@ def is_done(study: Study, run: Run) -> bool:
     return results.is_file() and results.stat().st_size > 0
 
 
+def evaluation(study: Study, run: Run, key: str, task: str) -> Path:
+    """Return where the result of a run on a data set and task of the suite is."""
+    return _evaluations(study, run) / f"{key}.{task}.json"
+
+
+def is_evaluated(study: Study, run: Run) -> bool:
+    """Return whether a run has the results of all data sets that are asked for and there."""
+    assert study.suite is not None
+    suite = study.suite
+    there = [key for key, root in suite.roots.items() if suite.is_phantom or root.exists()]
+    return all(evaluation(study, run, *cell).is_file() for cell in cells(there))
+
+
+def failures(study: Study, run: Run) -> dict[str, str]:
+    """Return the data sets on which the evaluation of a run failed, and why."""
+    paths = sorted(_evaluations(study, run).glob("*.error.txt"))
+    ours = f"{UsageError.__module__}.{UsageError.__name__}: "
+    return {path.name.partition(".")[0]: last_line(path).removeprefix(ours) for path in paths}
+
+
+def last_line(path: Path) -> str:
+    """Return the last line of a text that is not empty."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
+
+
+def _evaluations(study: Study, run: Run) -> Path:
+    return study.runs / run.name / "evaluations"
+
+
 def has_checkpoint(study: Study, run: Run) -> bool:
     """Return whether a run can go on from where it was stopped."""
     return any(RunFolder(study.runs / run.name).checkpoints.glob("epoch_*.pt"))
@@ -204,7 +245,7 @@ def damaged(study: Study, run: Run, error: Exception) -> UsageError:
     )
 
 
-def mean_recall(metrics: dict[str, float]) -> float:
+def mean_recall(metrics: Mapping[str, float]) -> float:
     """Return the mean R@1 of both directions."""
     return (metrics["image_to_text_R@1"] + metrics["text_to_image_R@1"]) / 2
 
@@ -238,6 +279,8 @@ def listing(study: Study) -> str:
     lines = []
     if len(left) < len(runs):
         lines.append(f"# {len(runs) - len(left)} runs are done and left out")
+    if study.suite is not None and study.suite.is_phantom and not study.suite_data.exists():
+        lines.append(shown(study.suite_command()))
     for run in left:
         if run == PRETRAINING:
             if not has_general_data(study):
@@ -246,6 +289,11 @@ def listing(study: Study) -> str:
             lines.append(f"# what has --pretrained {study.weights} waits for the line above")
         else:
             lines.append(shown(study.command(run, resume=has_checkpoint(study, run))))
+    if study.suite is not None:
+        evaluated = [run for run in runs if run != PRETRAINING and not is_evaluated(study, run)]
+        if any(run in left for run in evaluated):
+            lines.append("# each evaluation waits for the run that it names")
+        lines += [shown(study.evaluation_command(run)) for run in evaluated]
     seeds = " and ".join(map(str, MORE_SEEDS))
     for methods in undecided(study):
         lines.append(

@@ -31,6 +31,13 @@ FAMILIES = {
     "granularity": ("local", "filip", "sparc"),
 }
 MORE_SEEDS = (1, 2)
+# How many times the budget's epochs the general weights get: what a medical run begins with has
+# seen more than the run will.
+PRETRAINING_LENGTH = 3
+# The suite's phantoms, in the study's folder.
+SUITE_DATA = "suite"
+# Settings that evaluation has as well.
+_OF_BOTH = ("device", "precision", "workers")
 UNLOCKED_GROUPS = 2
 
 
@@ -57,6 +64,35 @@ PRETRAINING = Run("clip", "pretraining")
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """The evaluation of one run on the suite."""
+
+    run: Run
+
+    @property
+    def name(self) -> str:
+        """The name of its log."""
+        return f"{self.run.name}.evaluation"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What the runs are evaluated on.
+
+    Attributes:
+        asked: The words by which the study is asked for it.
+        words: Those by which `medfast evaluate` is.
+        roots: Folder of each data set, in the suite's order; it need not be there.
+        is_phantom: Whether the study writes them, as phantoms.
+    """
+
+    asked: tuple[str, ...]
+    words: tuple[str, ...]
+    roots: Mapping[str, Path]
+    is_phantom: bool = False
+
+
+@dataclass(frozen=True)
 class Study:
     """What was asked for.
 
@@ -66,6 +102,7 @@ class Study:
         settings: The settings of every run, in place of the defaults.
         out: The study's folder.
         pretrained: General weights in place of those that the study trains.
+        suite: What every run but the one that trains these is evaluated on, if anything.
     """
 
     methods: tuple[str, ...]
@@ -73,6 +110,7 @@ class Study:
     settings: Mapping[str, Any]
     out: Path
     pretrained: str | None = None
+    suite: Suite | None = None
 
     @property
     def config(self) -> TrainConfig:
@@ -84,14 +122,24 @@ class Study:
         """The folder of the run folders."""
         return self.out / "runs"
 
-    def log(self, run: Run) -> Path:
-        """Return the file that a run's output goes to."""
-        return self.runs / f"{run.name}.log"
+    def log(self, job: Run | Evaluation) -> Path:
+        """Return the file that the output of a run, or of its evaluation, goes to."""
+        return self.runs / f"{job.name}.log"
 
     @property
     def general_data(self) -> Path:
         """The folder of the phantom's general domain."""
         return self.out / "general"
+
+    @property
+    def suite_data(self) -> Path:
+        """The folder of the suite's phantoms."""
+        return self.out / SUITE_DATA
+
+    @property
+    def cache(self) -> Path:
+        """The folder of the features of the suite's images."""
+        return self.out / "cache"
 
     @property
     def weights(self) -> str:
@@ -126,6 +174,8 @@ class Study:
     def own_settings(self, run: Run) -> dict[str, Any]:
         """Return the settings by which a run differs from others."""
         own: dict[str, Any] = {"method": run.method, "seed": run.seed}
+        if run == PRETRAINING:
+            own["epochs"] = PRETRAINING_LENGTH * self.config.epochs
         if run.takes_weights:
             own["pretrained"] = self.weights
         if run.init == "frozen":
@@ -140,15 +190,30 @@ class Study:
         else:
             if data and self.config.train_data_weights:
                 data += ["--train-data-weights", "1"]  # in place of those of several sources
-            budget = _flags(self.settings) if self.budget in BUDGETS else ["--config", self.budget]
-            words = [*_flags(self.own_settings(run)), *budget, *data]
+            own = self.own_settings(run)
+            settings = {key: value for key, value in self.settings.items() if key not in own}
+            budget = _flags(settings) if self.budget in BUDGETS else ["--config", self.budget]
+            words = [*_flags(own), *budget, *data]
         return ["-m", "medfast.train", *words, "--logs", str(self.runs), "--name", run.name]
+
+    def evaluation_command(self, run: Run) -> list[str]:
+        """Return the words after `python` that evaluate a run on what is left of the suite."""
+        assert self.suite is not None
+        words = ["--checkpoint", str(self.runs / run.name), *self.suite.words]
+        words += _flags({k: self.settings[k] for k in _OF_BOTH if k in self.settings})
+        return ["-m", "medfast.evaluate", *words, "--cache-dir", str(self.cache), "--skip-existing"]
 
     def whole_command(self) -> list[str]:
         """Return the words after `python` that run the study."""
         weights = [] if self.pretrained is None else ["--pretrained", self.pretrained]
         asked = ["--methods", *self.methods, "--budget", self.budget, *weights]
+        if self.suite is not None:
+            asked += self.suite.asked
         return ["-m", "medfast.study", *asked, "--out", str(self.out)]
+
+    def suite_command(self) -> list[str]:
+        """Return the words after `python` that write the phantoms of the suite."""
+        return ["-m", "medfast.data.phantom.suite", "--out", str(self.suite_data)]
 
     def data_command(self) -> list[str]:
         """Return the words after `python` that write the general domain."""

@@ -5,132 +5,105 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 
-from medfast.study.folder import Record, best, validation_recall
-from medfast.study.plan import (
-    FAMILIES,
-    PRETRAINING,
-    UNLOCKED_GROUPS,
-    Init,
-    Run,
-    Study,
-    shown,
+from medfast.study.folder import Record, best, failures, validation_recall
+from medfast.study.plan import PRETRAINING, PRETRAINING_LENGTH, Run, Study, shown
+from medfast.study.questions import STARTS, Answer, Side, answers, points, rule, title
+from medfast.study.results import (
+    ACCURACIES,
+    RECALLS,
+    SUITE_MEANS,
+    Group,
+    Outcome,
+    groups,
+    in_suite_means,
 )
-from medfast.study.results import ACCURACIES, Cell, Difference, Outcome, cells, difference
 from medfast.train import PHANTOM_NOTE
 
-Side = tuple[str, Init]
-
-# What is compared: the mean R@1 of both directions, and the accuracies.
-COMPARED = ("R@1", *ACCURACIES)
-STARTS: dict[Init, str] = {
-    "scratch": "scratch",
-    "general": "general weights",
-    "frozen": "general weights, partly frozen",
-}
-_DASH = "-"
-_CLIP: Side = ("clip", "scratch")
-_FROM_GENERAL: Side = ("clip", "general")
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question of the study, and the two sides of each comparison that answers it."""
-
-    title: str
-    text: str
-    pairs: Sequence[tuple[Side, Side]]
-
-
-QUESTIONS = (
-    Question(
-        "Transfer",
-        "What do weights of the general domain bring, and what if the image tower keeps them: in "
-        f"part (all but its last {UNLOCKED_GROUPS} groups of layers) or, in lit, as a whole?",
-        (
-            (_FROM_GENERAL, _CLIP),
-            (("clip", "frozen"), _FROM_GENERAL),
-            (("lit", "general"), _FROM_GENERAL),
-        ),
-    ),
-    Question(
-        "Unimodal",
-        "What does training within one modality bring beside clip's loss?",
-        tuple(((method, "scratch"), _CLIP) for method in FAMILIES["unimodal"]),
-    ),
-    Question(
-        "Granularity",
-        "What do losses of patches and words bring over clip's?",
-        tuple(((method, "scratch"), _CLIP) for method in FAMILIES["granularity"]),
-    ),
+NOT_ASKED = "Not asked: that takes clip, and another method or initialisation."
+_READING = (
+    "All values are of the test split; of several seeds they are the mean (smallest to largest). x "
+    "chance: mean R@1 of both directions over that of guessing. pairs/s: median over the logged "
+    "steps."
 )
+_DASH = "-"
 
 
 def tables(study: Study, record: Record, outcomes: Sequence[Outcome]) -> str:
     """Return what the runs found: a table of all of them, then the three questions."""
-    found = cells([outcome for outcome in outcomes if outcome.run != PRETRAINING])
-    lines = [PHANTOM_NOTE, ""] if "phantom" in study.config.train_data else []
-    lines += ["## Results", "", *_overview(found), "", *_notes(study, record, outcomes)]
-    intervals = 0
-    for question in QUESTIONS:
-        lines += ["", f"## {question.title}", "", question.text, ""]
-        asked = [(a, b) for a, b in question.pairs if a in found and b in found]
-        if not asked:
-            lines.append("Not asked: that takes clip, and another method or initialisation.")
-            continue
-        differences = [_differences(found[a], found[b]) for a, b in asked]
-        lines += [*_table_of_differences(asked, differences), ""]
-        for (a, b), of_pair in zip(asked, differences, strict=True):
-            lines.append(f"- {_sentence(a, b, of_pair)}")
-            intervals += sum(d.interval is not None for d in of_pair.values())
-    if intervals:
-        lines += [
-            "",
-            f"The intervals are 95 % each, of Welch's t over seeds. Of {intervals}, "
-            f"{intervals / 20:.1f} would leave out 0 on average if nothing made a difference. They "
-            "hold what a seed changes: the first weights, the order of the data and their crops.",
-        ]
-    return "\n".join(lines)
+    found = groups([outcome for outcome in outcomes if outcome.run != PRETRAINING])
+    lines = [PHANTOM_NOTE, ""] if is_phantom(study) else []
+    lines += ["## Results", "", *_overview(found), "", _READING, ""]
+    if record.jobs > 1:
+        lines += [f"Up to {record.jobs} runs shared the machine, and slowed one another.", ""]
+    lines += [line for note in notes(study, outcomes) for line in (note, "")]
+    given = answers(found)
+    for answer in given:
+        lines += [f"## {answer.question.title}", "", answer.question.text, ""]
+        if answer.pairs:
+            lines += [*_table_of_differences(answer), ""]
+            lines += [*(f"- {sentence}" for sentence in answer.sentences), ""]
+        else:
+            lines += [NOT_ASKED, ""]
+    return "\n".join([*lines, rule(given)]).rstrip()
 
 
 def document(study: Study, record: Record, outcomes: Sequence[Outcome]) -> str:
     """Return the whole of study.md."""
-    runs = [outcome.run for outcome in outcomes]
     lines = [f"# Study of {', '.join(study.methods)}", "", tables(study, record, outcomes), ""]
     lines += ["## How it was made", ""]
-    lines += [f"- budget: {study.budget} ({_settings(study)}), all else default"]
-    lines += [f"- versions: {'; '.join(_versions(outcomes))}; Python {platform.python_version()}"]
-    lines += [f"- time: {_time(record, runs)}"]
-    lines += ["- command, which runs all of these:", "", "```bash", shown(study.whole_command())]
-    if PRETRAINING in runs:
-        lines.append(shown(study.data_command()))
-    lines += [*(shown(study.command(run)) for run in runs), "```", ""]
+    lines += [f"- {name}: {value}" for name, value in facts(study, record, outcomes).items()]
+    lines += ["- command, which runs all of these:", "", "```bash"]
+    lines += [*command_lines(study, outcomes), "```", ""]
     return "\n".join(lines)
 
 
-def _overview(found: Mapping[Side, Cell]) -> list[str]:
-    header = ["method", "from", "seeds", "image to text R@1", "text to image R@1", "x chance"]
-    header += [*ACCURACIES, "pairs/s", "peak memory"]
+def facts(study: Study, record: Record, outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """Return what a study was made with, and what it took."""
+    return {
+        "budget": f"{study.budget} ({_settings(study)}), all else default",
+        "versions": f"{'; '.join(_versions(outcomes))}; Python {platform.python_version()}",
+        "time": _time(record, [outcome.run for outcome in outcomes]),
+    }
+
+
+def command_lines(study: Study, outcomes: Sequence[Outcome]) -> list[str]:
+    """Return the command of the study, and those that it runs."""
+    runs = [outcome.run for outcome in outcomes]
+    words = [study.whole_command()]
+    if PRETRAINING in runs:
+        words.append(study.data_command())
+    words += [study.command(run) for run in runs]
+    if study.suite is not None:
+        words += [study.suite_command()] if study.suite.is_phantom else []
+        words += [study.evaluation_command(run) for run in runs if run != PRETRAINING]
+    return [shown(command) for command in words]
+
+
+def is_phantom(study: Study) -> bool:
+    """Return whether the runs are trained on the phantom."""
+    return "phantom" in study.config.train_data
+
+
+def _overview(found: Mapping[Side, Group]) -> list[str]:
+    suite = [name for name in SUITE_MEANS if any(group.values(name) for group in found.values())]
+    header = ["method", "from", "seeds", *RECALLS, "x chance"]
+    header += [*ACCURACIES, *suite, "pairs/s", "peak memory"]
     rows = []
-    for (method, init), cell in found.items():
-        seeds = " ".join(str(outcome.run.seed) for outcome in cell.outcomes)
-        shares = [_share(cell.values(f"{way} R@1")) for way in ("image to text", "text to image")]
-        shares += [f"{cell.times_chance:.1f}", *(_share(cell.values(m)) for m in ACCURACIES)]
-        cost = [_number(cell.pairs_per_s), f"{_number(cell.memory_mb)} MB"]
+    for (method, init), group in found.items():
+        seeds = " ".join(map(str, group.seeds))
+        shares = [_share(group.values(name)) for name in RECALLS]
+        shares += [f"{group.times_chance:.1f}"]
+        shares += [_share(group.values(name)) for name in (*ACCURACIES, *suite)]
+        cost = [_number(group.pairs_per_s), f"{_number(group.memory_mb)} MB"]
         rows.append([method, STARTS[init], seeds, *shares, *cost])
     return _markdown(header, rows)
 
 
-def _notes(study: Study, record: Record, outcomes: Sequence[Outcome]) -> list[str]:
-    lines = [
-        "All values are of the test split; of several seeds they are the mean (smallest to "
-        "largest). x chance: mean R@1 of both directions over that of guessing. pairs/s: median "
-        "over the logged steps."
-    ]
-    if record.jobs > 1:
-        lines.append(f"Up to {record.jobs} runs shared the machine, and slowed one another.")
+def notes(study: Study, outcomes: Sequence[Outcome]) -> list[str]:
+    """Return what the values must be read with."""
+    lines = []
     done = [outcome.run for outcome in outcomes]
     for name, method in best(study).items():
         runs = [Run(other, "scratch") for other in study.family(name)]
@@ -146,65 +119,47 @@ def _notes(study: Study, record: Record, outcomes: Sequence[Outcome]) -> list[st
         if outcome.run == PRETRAINING:
             recall = _share([outcome.values["R@1"]])
             lines.append(
-                "The general weights are clip's, trained with the same budget on the phantom's "
-                f"general domain, where its R@1 is {recall}."
+                f"The general weights are clip's, trained {PRETRAINING_LENGTH} times as many epochs "
+                f"on the phantom's general domain, where its R@1 is {recall}."
             )
     if study.pretrained is not None:
         lines.append(f"The general weights are {study.pretrained}.")
-    return [line for note in lines for line in (note, "")][:-1]
+    return [*lines, *_suite_notes(study, outcomes)]
 
 
-def _differences(a: Cell, b: Cell) -> dict[str, Difference]:
-    """Return the difference of two sides in every measure that both have."""
-    values = {measure: (a.values(measure), b.values(measure)) for measure in COMPARED}
-    return {measure: difference(*sides) for measure, sides in values.items() if all(sides)}
+def _suite_notes(study: Study, outcomes: Sequence[Outcome]) -> list[str]:
+    """Say what the means over the suite are of, and what could not be evaluated."""
+    lines = []
+    if any(outcome.suite for outcome in outcomes):
+        counts = {name: len(own) for name, own in in_suite_means(outcomes).items() if own}
+        of_each = ", ".join(f"{name.removeprefix('suite ')} {n}" for name, n in counts.items())
+        lines.append(
+            "The suite's means are over the results that all evaluated runs have, of data sets "
+            f"with the same images one ({of_each})."
+        )
+        if study.suite_data.exists():
+            lines.append("The suite's data sets are phantoms: stand-ins, not medical results.")
+        runs = [outcome.run for outcome in outcomes if not outcome.suite]
+        lacking = ", ".join(run.name for run in runs if run != PRETRAINING)
+        lines += [f"Without results of the suite: {lacking}."] if lacking else []
+    failed: dict[tuple[str, str], list[str]] = {}
+    for outcome in outcomes:
+        for cause in failures(study, outcome.run).items():
+            failed.setdefault(cause, []).append(outcome.run.name)
+    for (key, reason), names in failed.items():
+        lines.append(f"{', '.join(names)} could not be evaluated on {key}: {reason}")
+    return lines
 
 
-def _table_of_differences(
-    pairs: Sequence[tuple[Side, Side]], differences: Sequence[Mapping[str, Difference]]
-) -> list[str]:
-    measures = [m for m in COMPARED if any(m in of_pair for of_pair in differences)]
-    rows = []
-    for (a, b), of_pair in zip(pairs, differences, strict=True):
-        cells_of_pair = [_points(of_pair[m]) if m in of_pair else _DASH for m in measures]
-        rows.append([f"{_title(a)} minus {_title(b)}", *cells_of_pair])
-    return _markdown(["difference in points", *measures], rows)
-
-
-def _sentence(a: Side, b: Side, differences: Mapping[str, Difference]) -> str:
-    """Say what the numbers say, and nothing more."""
-    parts = [
-        f"{measure} is {'higher' if found.value > 0 else 'lower'} by {_amount(found)}"
-        for measure, found in differences.items()
-        if found.is_shown
+def _table_of_differences(answer: Answer) -> list[str]:
+    rows = [
+        [
+            f"{title(a)} minus {title(b)}",
+            *(points(found[m]) if m in found else _DASH for m in answer.measures),
+        ]
+        for (a, b), found in zip(answer.pairs, answer.differences, strict=True)
     ]
-    none = [m for m, found in differences.items() if found.interval and not found.is_shown]
-    if none:
-        parts.append(f"no difference shown in {', '.join(none)}")
-    for reason in dict.fromkeys(d.why_not for d in differences.values() if d.why_not):
-        bare = {m: 100 * d.value for m, d in differences.items() if d.why_not == reason}
-        values = ", ".join(f"{measure} {value:+.1f}" for measure, value in bare.items())
-        parts.append(f"{reason}, for {values} points")
-    return f"{_title(a)} against {_title(b)}: {'; '.join(parts)}."
-
-
-def _amount(found: Difference) -> str:
-    """Return the size of a difference, as a positive number of points with its interval."""
-    assert found.interval is not None
-    low, high = sorted(abs(100 * end) for end in found.interval)
-    return f"{abs(100 * found.value):.1f} points ({low:.1f} to {high:.1f})"
-
-
-def _points(found: Difference) -> str:
-    value = f"{100 * found.value:+.1f}"
-    if found.interval is None:
-        return f"{value} ({found.why_not})"
-    low, high = found.interval
-    return f"{value} ({100 * low:+.1f} to {100 * high:+.1f})"
-
-
-def _title(side: Side) -> str:
-    return f"{side[0]} from {STARTS[side[1]]}"
+    return _markdown(["difference in points", *answer.measures], rows)
 
 
 def _share(values: Sequence[float]) -> str:

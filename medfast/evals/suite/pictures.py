@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medfast.evals.suite import EVALUATIONS, TASKS
 from medfast.evals.suite.tables import number
+from medfast.report.heat_map import MISSING, Share, draw_heat_map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,28 +34,24 @@ def heat_map(rows: Sequence[Row], path: Path) -> None:
         rows: The results of one model.
         path: The PNG to write.
     """
-    import numpy as np
-
     keys = [key for key in EVALUATIONS if any(result["dataset"] == key for result in rows)]
     tasks = list(dict.fromkeys(task for key in keys for task in TASKS[EVALUATIONS[key]]))
-    values = np.full((len(keys), len(tasks)), np.nan)
-    colours = np.full_like(values, np.nan)
-    for result in rows:
-        task = result["task"]
-        at = keys.index(result["dataset"]), tasks.index(task)
-        values[at] = number(result["metrics"].get(HEADLINES[task]))
-        chance = number(result["chance"].get(HEADLINES[task]))
-        colours[at] = (values[at] - chance) / (1 - chance) if chance < 1 else math.nan
-    figure = _figure(2.6 + 1.3 * len(tasks), 1.4 + 0.32 * len(keys))
-    axes = figure.add_subplot()
-    shown = axes.imshow(colours, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    figure.colorbar(shown, ax=axes, label="from chance (0) to perfect (1)")
-    axes.set_xticks(range(len(tasks)), [f"{task}\n{HEADLINES[task]}" for task in tasks], fontsize=8)
-    axes.set_yticks(range(len(keys)), keys, fontsize=8)
-    for row, column in np.argwhere(~np.isnan(values)):
-        _write(axes, row, column, f"{100 * values[row, column]:.1f} %", colours[row, column])
-    axes.set_title(str(rows[0]["model"]), fontsize=9)
-    _save(figure, path)
+    found = {(result["dataset"], result["task"]): headline(result) for result in rows}
+    beside = path.with_suffix(".part")
+    draw_heat_map(
+        beside,
+        rows=keys,
+        columns=[f"{task} {HEADLINES[task]}" for task in tasks],
+        shares=[[found.get((key, task), MISSING) for task in tasks] for key in keys],
+        title=f"{rows[0]['model']}, values in %",
+    )
+    beside.replace(path)
+
+
+def headline(row: Row) -> Share:
+    """Return the number of a result that stands for it, and that of guessing."""
+    metric = HEADLINES[row["task"]]
+    return Share(number(row["metrics"].get(metric)), number(row["chance"].get(metric)))
 
 
 def confusion_picture(row: Row, path: Path) -> None:
