@@ -1,8 +1,10 @@
 """`torchrun -m benchmarks.ranks`: are the losses over ranks right on these links, and how fast?
 
 Every loss over the ranks that torchrun starts, one GPU each with NCCL or on CPUs with gloo, first
-against the definition on gathered features, then clip_loss on the ring, gathered, and open_clip's.
-The first rank prints two tables and writes one JSON. It fails where a loss is wrong.
+against the definition on gathered features, then clip_loss on the ring, gathered, and open_clip's,
+and log-sum-exps merged by all-reduces. Between GPUs that NVLink joins all of it is also done with
+symmetric memory. The first rank prints three tables and writes one JSON. It fails where a loss is
+wrong, or where ranks have merged to different bits.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from medfast.distributed.processes import Processes, join
 
 # Relative in norm, fp32 against the definition in fp32; tf32 is off.
 TOLERANCE = 1e-4
+# Of merged log-sum-exps, which are of up to 100, absolute: some roundings in fp32.
+MERGE_TOLERANCE = 5e-5
 COMMS = ("ring", "gather")
 REPEATS = 7
 
@@ -51,11 +55,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if processes.ring is None:
         sys.exit("benchmarks.ranks: start it with torchrun --nproc-per-node 2 or more.")
     device = pick_device(asked.device, processes.local_rank)
-    checks = check(processes, device)
+    left_out = _why_not_symmetric(processes, device)
+    comms = COMMS if left_out else (*COMMS, "symmetric")
+    checks = check(processes, device, comms)
     timings = [
         timing
         for pairs in asked.pairs
-        for timing in measure(processes, device, pairs, asked.features)
+        for timing in measure(processes, device, pairs, asked.features, comms)
+    ]
+    merges = [
+        row
+        for pairs in asked.pairs
+        for row in merge(processes, device, pairs * processes.world, comms)
     ]
     if processes.is_first:
         print(f"{processes.world} ranks on {device.type}; errors relative to the definition")
@@ -68,13 +79,30 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{row['pairs']:>8}  {row['variant']:<12}{row['seconds'] * 1e3:>9,.2f} ms"
                 f"{row['sent_bytes'] / 1e6:>9,.2f} MB{row['peak_bytes'] / 1e6:>11,.1f} MB"
             )
+        print("log-sum-exps of all ranks merged, fp32; errors absolute, the slowest rank")
+        print(f"{'entries':>10}  {'comm':<12}{'median':>12}{'error':>10}  bits")
+        for row in merges:
+            print(
+                f"{row['entries']:>10}  {row['comm']:<12}{row['seconds'] * 1e3:>9,.3f} ms"
+                f"{row['error']:>10.1e}  {'alike' if row['is_alike'] else 'DIFFER'}"
+            )
+        if left_out:
+            print(f"symmetric left out: {left_out}")
         found = conditions(device.type)
         path = results.write(
-            f"ranks_{processes.world}", found, asked.out, checks=checks, timings=timings
+            f"ranks_{processes.world}",
+            found,
+            asked.out,
+            checks=checks,
+            timings=timings,
+            merges=merges,
+            symmetric_left_out=left_out,
         )
         print(f"wrote {path}")
     processes.part()
-    if any(row["error"] > TOLERANCE for row in checks):
+    if any(row["error"] > TOLERANCE for row in checks) or any(
+        row["error"] > MERGE_TOLERANCE or not row["is_alike"] for row in merges
+    ):
         sys.exit(1)
 
 
@@ -133,7 +161,7 @@ def losses(given: dict[str, Any], ring: Ring, impl: str) -> dict[str, tuple[Loss
     }
 
 
-def check(processes: Processes, device: torch.device) -> list[dict[str, Any]]:
+def check(processes: Processes, device: torch.device, comms: Sequence[str]) -> list[dict[str, Any]]:
     """Return the largest error of any rank's value and gradients, by loss and comm."""
     pairs = 33 - (processes.rank + 1 == processes.world)
     given = _inputs(processes.rank, pairs, device)
@@ -142,7 +170,7 @@ def check(processes: Processes, device: torch.device) -> list[dict[str, Any]]:
         for name, case in losses(given, Ring(comm="gather"), "reference").items()
     }
     rows = []
-    for comm in COMMS:
+    for comm in comms:
         for name, case in losses(given, Ring(comm=comm), "auto").items():
             found = _value_and_gradients(*case)
             error = max(
@@ -163,7 +191,7 @@ def _value_and_gradients(loss: Loss, leaves: list[Tensor]) -> list[Tensor]:
 
 
 def measure(
-    processes: Processes, device: torch.device, pairs: int, features: int
+    processes: Processes, device: torch.device, pairs: int, features: int, comms: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Return time, bytes and memory of clip_loss by each way of exchange."""
     generator = torch.Generator().manual_seed(processes.rank)
@@ -174,7 +202,7 @@ def measure(
         for _ in range(2)
     )
     scale = torch.tensor(100.0, device=device, requires_grad=True)
-    rings = {comm: Ring(comm=comm) for comm in COMMS}
+    rings = {comm: Ring(comm=comm) for comm in comms}
     variants: dict[str, Callable[[], Tensor]] = {
         comm: partial(distributed.clip_loss, image, text, scale, ring)
         for comm, ring in rings.items()
@@ -187,18 +215,23 @@ def measure(
         variant().backward()
         sent = rings[name].sent if name in rings else 0
         before = forget_peak_memory(device)
-        seconds = [_timed(processes, device, variant, (image, text, scale)) for _ in range(REPEATS)]
+
+        def step(variant: Callable[[], Tensor] = variant) -> None:
+            for leaf in (image, text, scale):
+                leaf.grad = None
+            variant().backward()
+
+        seconds = _slowest(processes, device, step)
         peak = peak_memory(device) - before
         if name in rings:
             sent = (rings[name].sent - sent) // REPEATS
         else:
             sent = open_clip_bytes(pairs, features, processes.world)
-        slowest = [max(of_ranks) for of_ranks in zip(*processes.objects(seconds), strict=True)]
         rows.append(
             {
                 "pairs": pairs,
                 "variant": name,
-                "seconds": statistics.median(slowest),
+                "seconds": seconds,
                 "sent_bytes": sent,
                 "peak_bytes": max(processes.objects(peak)),
             }
@@ -217,20 +250,58 @@ def _open_clip(processes: Processes) -> Any:
     )
 
 
-def _timed(
-    processes: Processes,
-    device: torch.device,
-    variant: Callable[[], Tensor],
-    leaves: tuple[Tensor, ...],
-) -> float:
-    for leaf in leaves:
-        leaf.grad = None
-    dist.barrier()
-    _finish(device)
-    started = time.perf_counter()
-    variant().backward()
-    _finish(device)
-    return time.perf_counter() - started
+def merge(
+    processes: Processes, device: torch.device, entries: int, comms: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return time, error and agreement of log-sum-exps merged by each way."""
+    generator = torch.Generator().manual_seed(processes.rank)
+    partial_sums = (30 * torch.randn(entries, generator=generator)).to(device)
+    rows = []
+    # Those of "gather" are all-reduced as those of "ring".
+    for comm in (comm for comm in comms if comm != "gather"):
+        ring = Ring(comm=comm)
+        a_row = [1] * processes.world
+        truth = ring.gather(partial_sums.double()[None], a_row).logsumexp(0)
+        found = ring.merged(partial_sums)
+        error = (found - truth).abs().max().item()
+        is_alike = all(torch.equal(other, found) for other in ring.gather(found[None], a_row))
+        seconds = _slowest(processes, device, partial(ring.merged, partial_sums))
+        rows.append(
+            {
+                "entries": entries,
+                "comm": comm,
+                "seconds": seconds,
+                "error": max(processes.objects(error)),
+                "is_alike": all(processes.objects(is_alike)),
+            }
+        )
+    return rows
+
+
+def _why_not_symmetric(processes: Processes, device: torch.device) -> str | None:
+    """Return why the ranks cannot merge through symmetric memory, or None."""
+    if device.type != "cuda":
+        return "it is for GPUs"
+    reason = None
+    try:
+        Ring(comm="symmetric").merged(torch.zeros(1, device=device))
+    except RuntimeError as error:
+        reason = str(error)
+    return next(filter(None, processes.objects(reason)), None)
+
+
+def _slowest(processes: Processes, device: torch.device, work: Callable[[], object]) -> float:
+    """Return the median of the seconds that the slowest rank takes."""
+    seconds = []
+    for _ in range(REPEATS):
+        dist.barrier()
+        _finish(device)
+        started = time.perf_counter()
+        work()
+        _finish(device)
+        seconds.append(time.perf_counter() - started)
+    of_ranks = zip(*processes.objects(seconds), strict=True)
+    return statistics.median(max(times) for times in of_ranks)
 
 
 def _finish(device: torch.device) -> None:

@@ -12,9 +12,9 @@ import medfast
 ROOT = Path(medfast.__file__).parent
 # Room -> rooms of medfast it may import, beside errors.
 ALLOWED = {
-    "ops": {"ops", "_C"},
+    "ops": {"ops", "_C", "_CUDA"},
     "losses": {"ops", "distributed"},
-    "distributed": {"distributed", "ops"},
+    "distributed": {"distributed", "ops", "_CUDA"},
     "data": {"data", "cli", "json_lines"},  # cli: for data's own command
     "models": {"models", "data"},
     "methods": {"methods", "models", "data", "ops", "distributed"},

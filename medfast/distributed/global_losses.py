@@ -217,7 +217,7 @@ class _RingLogSumExps(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         place = ring.spans(sizes)[ring.rank]
         row_lse = rows.new_full((len(rows),), -torch.inf, dtype=summable(rows))
-        column_lse = row_lse.new_full((sum(sizes),), -torch.inf)
+        merging = ring.merging(sizes, row_lse)
         own = row_lse
         for span, (block,) in ring.blocks(sizes, columns):
             offset = place.start - span.start
@@ -225,8 +225,8 @@ class _RingLogSumExps(torch.autograd.Function):
             # -inf where the block does not have the own column.
             own = torch.maximum(own, found)
             row_lse = torch.logaddexp(row_lse, r)
-            column_lse[span] = c
-        column_lse = ring.merged(column_lse)
+            merging.put(span, c)
+        column_lse = merging.result()
         ctx.save_for_backward(rows, columns, block, logit_scale, own, row_lse, column_lse)
         ctx.ring, ctx.impl, ctx.sizes = ring, impl, sizes
         return own, row_lse, column_lse[place].clone()

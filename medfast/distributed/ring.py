@@ -12,10 +12,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from medfast.distributed.symmetric import PeerMerging, Peers, cannot_run, why_not
 from medfast.errors import unknown_name
 from medfast.ops.tiles import summable
 
-COMMS = ("auto", "gather", "ring")
+COMMS = ("auto", "gather", "ring", "symmetric")
 # Blocks of at most this many bytes are gathered by "auto"; see `Ring`.
 SMALL_BLOCK = 2**17
 
@@ -39,6 +40,26 @@ class Transfer:
         return self._received
 
 
+class Merging:
+    """Log-sum-exps [N] of this rank's terms, given span by span, that become those of all ranks.
+
+    Args:
+        ring: The ranks.
+        partial: Where they go, [N], -inf.
+    """
+
+    def __init__(self, ring: Ring, partial: Tensor) -> None:
+        self._ring, self._partial = ring, partial
+
+    def put(self, span: slice, values: Tensor) -> None:
+        """Take the log-sum-exps of one span."""
+        self._partial[span] = values
+
+    def result(self) -> Tensor:
+        """Return those of all ranks [N], once every span was given."""
+        return self._ring.merged(self._partial)
+
+
 class Ring:
     """The processes of a group, each with a next and a previous one.
 
@@ -55,23 +76,35 @@ class Ring:
     ring was faster from 1 MiB on, with 2 processes as with 4. Each call decides from the sizes of
     all ranks, and so alike on each.
 
+    With "symmetric" blocks travel as with "ring", and log-sum-exps and sums in fp32 are merged by a
+    kernel through torch's symmetric memory, not by all-reduces: see `Peers`. It needs NCCL and GPUs
+    that NVLink joins; nobody has run it on such yet, so it is not chosen unless it is asked for.
+
     Args:
         group: A process group; None is that of all processes.
-        comm: "auto", "gather" or "ring".
+        comm: "auto", "gather", "ring" or "symmetric".
 
     Attributes:
         sent: Bytes that this rank has sent since the ring was made. Blocks count as they are,
             W - 1 times where they are gathered or summed to where they belong, those of ranks with
             fewer rows filled up; an all-reduce as an algorithm on a ring sends it, 2 (W - 1) / W
-            times its size. What a backend does beyond, gloo's reduce-scatter for one, is not seen.
+            times its size, and so does "symmetric". What a backend does beyond, gloo's
+            reduce-scatter for one, is not seen.
 
     Raises:
         ValueError: `comm` is unknown.
+        RuntimeError: "symmetric" cannot run here; the sentence says why.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, comm: str = "auto") -> None:
         if comm not in COMMS:
             raise ValueError("Ring: " + unknown_name("comm", comm, COMMS))
+        self._peers: Peers | None = None
+        if comm == "symmetric":
+            reason = why_not(group)
+            if reason is not None:
+                raise cannot_run(reason)
+            self._peers = Peers(group)
         self.group = group
         self.comm = comm
         self.rank = dist.get_rank(group)
@@ -152,11 +185,22 @@ class Ring:
     def all_reduce(self, values: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """Return `values`, in place of which there now is what `op` makes of those of all ranks."""
         dist.all_reduce(values, op, self.group)
-        self.sent += 2 * (self.world - 1) * values.nbytes // self.world
+        self._count_all_reduce(values)
         return values
+
+    def merging(self, sizes: Sequence[int], like: Tensor) -> Merging | PeerMerging:
+        """Return what takes this rank's log-sum-exps, span by span, and merges those of all."""
+        if self._peers is not None and self._peers.takes(like):
+            merging = PeerMerging(self._peers, self.spans(sizes), like.device)
+            self._count_all_reduce(merging.part)
+            return merging
+        return Merging(self, like.new_full((sum(sizes),), -torch.inf))
 
     def merged(self, partial: Tensor) -> Tensor:
         """Return the log-sum-exps [N] of all ranks' terms from those of this rank's."""
+        if self._peers is not None and self._peers.takes(partial):
+            self._count_all_reduce(partial)
+            return self._peers.all_reduce(partial, is_log_sum_exp=True)
         most = self.all_reduce(partial.clone(), dist.ReduceOp.MAX)
         # Where no rank has a term, all is -inf and their difference NaN.
         sums = self.all_reduce((partial - most).exp().nan_to_num_(0))
@@ -164,11 +208,17 @@ class Ring:
 
     def sum(self, own: Tensor) -> Tensor:
         """Return the sum of the ranks' tensors, without gradient."""
+        if self._peers is not None and self._peers.takes(own):
+            self._count_all_reduce(own)
+            return self._peers.all_reduce(own.detach(), is_log_sum_exp=False)
         return self.all_reduce(own.detach().clone())
 
     def mean(self, own: Tensor) -> Tensor:
         """Return the mean of the ranks' tensors, without gradient."""
         return self.sum(own) / self.world
+
+    def _count_all_reduce(self, values: Tensor) -> None:
+        self.sent += 2 * (self.world - 1) * values.nbytes // self.world
 
     def _peer(self, rank: int) -> int:
         rank %= self.world

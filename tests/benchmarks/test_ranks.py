@@ -24,13 +24,29 @@ def test_the_losses_over_ranks_are_checked_and_timed_by_one_command(tmp_path):
     assert all(0 <= row["error"] <= ranks.TOLERANCE for row in found["checks"])
     assert {row["variant"] for row in found["timings"]} >= {"ring", "gather"}
     assert all(row["seconds"] > 0 and row["sent_bytes"] > 0 for row in found["timings"])
+    (merged,) = found["merges"]
+    assert merged.pop("seconds") > 0
+    assert 0 < merged.pop("error") < ranks.MERGE_TOLERANCE
+    assert merged == {"entries": 128, "comm": "ring", "is_alike": True}
+    assert found["symmetric_left_out"] == "it is for GPUs"
 
 
-def test_a_wrong_loss_fails_the_command(monkeypatch):
+RIGHT = {"error": 0.0, "is_alike": True}
+
+
+@pytest.mark.parametrize(
+    ("checks", "merges"),
+    [
+        ([{"error": 2 * ranks.TOLERANCE}], [RIGHT]),
+        ([RIGHT], [RIGHT | {"error": 2 * ranks.MERGE_TOLERANCE}]),
+        ([RIGHT], [RIGHT | {"is_alike": False}]),
+    ],
+)
+def test_a_wrong_loss_or_merge_fails_the_command(monkeypatch, checks, merges):
     """The processes end with an error where the largest error is above the tolerance."""
-    wrong = [{"loss": "clip", "comm": "ring", "error": 2 * ranks.TOLERANCE}]
-    monkeypatch.setattr(ranks, "check", lambda *_: wrong)
-    monkeypatch.setattr(ranks, "measure", lambda *_: [])
+    names = {"loss": "clip", "comm": "ring", "entries": 1, "seconds": 1.0}
+    for name, rows in (("check", checks), ("measure", []), ("merge", merges)):
+        monkeypatch.setattr(ranks, name, lambda *_, rows=rows: [names | row for row in rows])
     monkeypatch.setattr(ranks.results, "write", lambda *_, **__: "nothing")
 
     class Alone(ranks.Processes):
@@ -40,5 +56,5 @@ def test_a_wrong_loss_fails_the_command(monkeypatch):
 
     monkeypatch.setattr(ranks, "join", lambda **_: Alone())
     with pytest.raises(SystemExit) as stopped:
-        ranks.main(["--device", "cpu"])
+        ranks.main(["--device", "cpu", "--pairs", "64"])
     assert stopped.value.code == 1
