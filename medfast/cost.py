@@ -21,6 +21,7 @@ from medfast.device import autocast
 from medfast.methods.base import Method
 from medfast.models.pair import Features, ImageTextModel
 from medfast.ops.workspace import workspace_bytes
+from medfast.step import Step
 
 # Of which activations are measured; batch norm needs two.
 _FEW, _MORE = 2, 3
@@ -83,6 +84,57 @@ def estimate(config: TrainConfig, model: ImageTextModel, method: Method) -> Cost
     return Cost(flops / _FEW, memory)
 
 
+@dataclass(frozen=True)
+class ModelFlops:
+    """What a step has to compute, in FLOPs: `constant + per_pair * B + per_two_pairs * B * N`.
+
+    B are the pairs of a process and N those of all.
+    """
+
+    constant: float
+    per_pair: float
+    per_two_pairs: float
+
+    def of_step(self, pairs: float, of_all: float) -> float:
+        """Return the FLOPs of a process in a step: of B, `pairs`, among N, `of_all`."""
+        return self.constant + self.per_pair * pairs + self.per_two_pairs * pairs * of_all
+
+
+def model_flops(
+    config: TrainConfig, model: ImageTextModel, method: Method, tokens: int, words: int
+) -> ModelFlops:
+    """Return the FLOPs of towers, heads and losses, from steps of a few pairs on a CPU.
+
+    They are the matrix products, convolutions and attention of a forward and a backward. What is
+    computed again to save memory does not count: by attention in its backward, and by caching or
+    checkpointing, of which there must be none here. A fused loss may do with fewer than its
+    definition, or need more.
+
+    Args:
+        config: The settings.
+        model: The model that is trained, on the CPU; its gradients are removed.
+        method: The method with its heads, with the implementation "reference".
+        tokens: Length of the captions.
+        words: How many of their tokens are words.
+    """
+    step = Step(model.train(), method.train(), torch.device("cpu"), "fp32")
+    state = torch.get_rng_state()
+    counts = []
+    for pairs in (2, 3, 4):
+        batch = _batch(config, model, method, pairs, tokens, words)
+        with FlopCounterMode(display=False, custom_mapping=_ATTENTION_ONCE) as counter:
+            step.backward([batch])
+        counts.append(counter.get_total_flops())
+        for module in (model, method):
+            module.zero_grad(set_to_none=True)
+    torch.set_rng_state(state)
+    # The parabola through the three.
+    two, three, four = counts
+    square = (four - 2 * three + two) / 2
+    line = three - two - 5 * square
+    return ModelFlops(two - 2 * line - 4 * square, line, square)
+
+
 def _passed(
     config: TrainConfig,
     model: ImageTextModel,
@@ -142,24 +194,41 @@ def _attention_backward(
     return sdpa_backward_flop_count(d_out, query, key, value)
 
 
+def _attention_backward_once(d_out: Sequence[int], *inputs: Any, **keywords: Any) -> int:
+    """Return the FLOPs of the gradients alone, without the scores that are computed again."""
+    return 2 * _attention(*inputs, **keywords)
+
+
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+_ATTENTION_ONCE = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_once,
+}
 
 
-def _batch(config: TrainConfig, model: ImageTextModel, method: Method, pairs: int) -> Batch:
-    """Return pairs of black images and captions of the greatest length."""
-    size, length = config.preset.image_size, config.preset.context_length
+def _batch(
+    config: TrainConfig,
+    model: ImageTextModel,
+    method: Method,
+    pairs: int,
+    tokens: int | None = None,
+    words: int | None = None,
+) -> Batch:
+    """Return pairs of black images and captions of one length, if not given the greatest."""
+    size, length = config.preset.image_size, tokens or config.preset.context_length
     images = torch.zeros(pairs, 3, size, size, dtype=torch.uint8)
     ids = torch.ones(pairs, length, dtype=torch.int64)
     mask = torch.ones(pairs, length, dtype=torch.bool)
+    word_mask = mask & (torch.arange(length) < (words or length))
     labels = torch.full_like(ids, NOT_PREDICTED)
     labels[:, : max(1, round(0.15 * length))] = 1
     number = torch.arange(pairs)
     return Batch(
-        *(images, ids, mask, mask, number, number),
+        *(images, ids, mask, word_mask, number, number),
         views=(images,) * method.extra.images,
-        texts=(Tokens(ids, mask, mask),) * method.extra.texts,
+        texts=(Tokens(ids, mask, word_mask),) * method.extra.texts,
         masked=Masked(ids, labels) if method.extra.masked else None,
     )

@@ -8,7 +8,7 @@ from torch import nn
 
 from medfast import parts
 from medfast.config import TrainConfig
-from medfast.cost import estimate
+from medfast.cost import estimate, model_flops
 from medfast.device import autocast
 from medfast.methods import method_class
 from medfast.models import PRESETS
@@ -121,3 +121,58 @@ def test_estimating_leaves_no_gradient_and_no_randomness_behind(cost):
     assert not torch.equal(before, state)  # the model was drawn
     assert all(p.grad is None for p in (*model.parameters(), *method.parameters()))
     assert found.total_memory == sum(found.memory.values())
+
+
+@pytest.fixture
+def needed(monkeypatch):
+    """Return what a step of a small ViT has to compute, by the settings of the run."""
+    monkeypatch.setitem(PRESETS, "small", VIT)
+
+    def of(method="clip", tokens=16, words=16, **settings):
+        config = TrainConfig(
+            **{"model": "small", "method": method, "fused_loss": "reference"} | settings
+        )
+        made = method_class(method)(config.fused_loss)
+        model = ImageTextModel(VIT, VIT.vocab_size, {}, made.needs_tokens)
+        parts.prepare(config, made, model)
+        return model_flops(config, model, made, tokens, words), model
+
+    return of
+
+
+def test_what_a_step_has_to_compute_is_counted_once(needed):
+    found, model = needed()
+    pixels = 2 * 3 * 16 * 16 * 64 * 16
+    image, text = _linear_flops(model.image_tower, 17) + pixels, _linear_flops(model.text_tower, 16)
+    attention = 4 * 64 * (3 * 17**2 + 2 * 16**2)
+    towers = 3 * (image + text + attention + 2 * 2 * 64 * 32) - pixels
+    # Logits and their two gradients, 32 wide: of all pairs by all.
+    assert found.per_two_pairs == pytest.approx(3 * 2 * 32, rel=0.01)
+    assert found.per_pair == pytest.approx(towers, rel=0.01)
+    assert found.constant == pytest.approx(0, abs=1)
+    assert found.of_step(8, 32) == pytest.approx(8 * found.per_pair + 256 * found.per_two_pairs)
+
+
+@pytest.mark.parametrize(
+    ("method", "products"),
+    [
+        # Words by patches, and what the words see; four more tables of cosines.
+        ("local", 2 * 16 * 16),
+        ("cyclip", 4),
+    ],
+)
+def test_a_loss_needs_the_products_of_its_definition_for_each_two_pairs(needed, method, products):
+    more = needed(method)[0].per_two_pairs - needed()[0].per_two_pairs
+    # Each is 32 wide and has two gradients.
+    assert more == pytest.approx(products * 3 * 2 * 32, rel=0.1)
+
+
+def test_shorter_captions_need_less(needed):
+    long, short = needed("local")[0], needed("local", tokens=8, words=6)[0]
+    assert short.per_pair < long.per_pair
+    assert short.per_two_pairs < 0.6 * long.per_two_pairs
+
+
+def test_what_is_locked_needs_no_gradients(needed):
+    free, locked = needed()[0], needed(lock_image=True, lock_text=True)[0]
+    assert locked.per_pair < 0.4 * free.per_pair

@@ -319,11 +319,12 @@ def test_the_first_process_tells_a_mistake_in_the_command(argv, says, monkeypatc
         assert says in told if rank == 0 else told == ""
 
 
-def test_a_profile_counts_what_processes_send(phantom):
+def test_a_profile_counts_what_processes_send(phantom, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += ["2", "-m", "medfast.profile", "--train-data", f"roco:{phantom}", "--comm", "ring"]
     command += ["--method", "clip", "--batch-size", "8", "--steps", "2", "--workers", "0"]
     command += ["--force-image-size", "32", "--precision", "fp32", "--loader", "torch"]
+    command += ["--out", str(tmp_path / "profile")]
     said = subprocess.check_output(command, env=_environment(), text=True, timeout=PATIENCE)
     assert "2 x 8 pairs per step" in said
     (sent,) = (line for line in said.splitlines() if line.startswith("sent per step  "))
