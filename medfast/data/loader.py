@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
@@ -255,6 +256,7 @@ class Loader:
             num_workers=self.workers,
             collate_fn=partial(collate, dataset=self.dataset, tokenizer=self.tokenizer),
             prefetch_factor=4 if self.workers else None,
+            worker_init_fn=_ignore_sigterm,
             # Its own generator: making an iterator must not move the one that trains.
             generator=torch.Generator(),
         )
@@ -267,6 +269,14 @@ class Loader:
                 "a process of --workers was ended from outside, as by a lack of memory; ask for "
                 "fewer --workers or a smaller --batch-size."
             ) from None
+
+
+def _ignore_sigterm(_: int) -> None:
+    """Let a worker outlive the SIGTERM that a whole job gets: the process that it works for saves.
+
+    It ends with that process, whose end it watches.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def collate(

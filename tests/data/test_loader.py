@@ -1,7 +1,9 @@
 import dataclasses
+import multiprocessing
 import os
 import pickle
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -285,6 +287,15 @@ def test_a_killed_worker_is_a_sentence(phantom, tokenizer, monkeypatch):
     monkeypatch.setattr("medfast.data.loader.decode", lambda data: os._exit(9))
     with pytest.raises(UsageError, match="--workers was ended from outside"):
         _batches(Loader(read(phantom, "train"), tokenizer, 32, 8, workers=1))
+
+
+def test_a_sigterm_to_all_leaves_the_workers_to_the_process_that_then_saves(phantom, tokenizer):
+    loader = Loader(read(phantom, "train"), tokenizer, 32, 4, workers=1)
+    batches = loader.epoch(0)
+    first = next(batches)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGTERM)
+    assert len([first, *batches]) == len(loader)
 
 
 def test_groups_follow_the_study():
