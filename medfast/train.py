@@ -142,7 +142,7 @@ def _train(config: TrainConfig, given: Collection[str], processes: Processes) ->
     else:
         run = RunFolder(path.parent.parent, processes.rank)
     try:
-        with run.logged():
+        with run.logged(), processes.naming_the_lost():
             log.info("medfast %s on %s, run folder %s", __version__, device, run.path)
             if processes.world > 1:
                 log.info("%d processes train together", processes.world)

@@ -12,8 +12,8 @@ import torch.multiprocessing as mp
 _PATIENCE = timedelta(seconds=60)
 # Processes are forked from one that has imported what takes seconds, and has no threads yet;
 # torch._dynamo is what the first call of any custom op imports.
-_SERVER = mp.get_context("forkserver")
-_SERVER.set_forkserver_preload(["torch.distributed", "torch._dynamo", "medfast.distributed"])
+SERVER = mp.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch.distributed", "torch._dynamo", "medfast.distributed"])
 
 
 def run(world, function, tmp_path, *arguments):
@@ -23,7 +23,7 @@ def run(world, function, tmp_path, *arguments):
     variables that a test has set do not reach them.
     """
     store = f"file://{tempfile.mkdtemp(dir=tmp_path)}/store"
-    with ProcessPoolExecutor(world, _SERVER) as pool:
+    with ProcessPoolExecutor(world, SERVER) as pool:
         # Each waits for all others before it begins, so that no process takes two.
         ranks = [
             pool.submit(_process, rank, world, store, function, arguments) for rank in range(world)

@@ -195,6 +195,8 @@ def _kill_and_compare(phantom, tmp_path, undisturbed, rng):
     assert f"the process of rank {victim} has ended or hangs" in said
     if "resumed after epoch" in said:  # else the run began in a new folder
         assert (run / "rank_1.log").exists() == (victim == 0)
+        if victim == 0:
+            assert "the process of rank 0 has ended" in (run / "rank_1.log").read_text()
     # Before there is a checkpoint a run begins again.
     assert said.count("2 processes train together") == 2
     found, expected = weights(run), weights(undisturbed)

@@ -27,6 +27,8 @@ _LOST = re.compile(r"gloo|nccl|connection|timed out|pair closure|broken pipe|soc
 # Seconds within which a process that found another one lost hears of all others that did. They all
 # wait in the same step, and so find it at about the same time.
 _ROLL_CALL = 5.0
+# Of messages that nobody receives, only sent to see whether they can be.
+_PROBE = 1
 
 
 class Processes:
@@ -175,6 +177,8 @@ class Processes:
             while missing and time.monotonic() < until:
                 missing = {rank for rank in missing if not self._store.check([_answer(rank)])}
                 time.sleep(0.1)
+            # Some may still wait for one that told this already, as long as that is there.
+            missing = {rank for rank in missing if not _is_connected(rank)} or missing
         except RuntimeError:
             return "the process that keeps the store of all, of rank 0 or of torchrun, is gone"
         if not missing:
@@ -232,6 +236,15 @@ def restarts() -> int:
 def can_restart() -> bool:
     """Return whether torchrun starts these processes again when one fails."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
+def _is_connected(rank: int) -> bool:
+    """Return whether a process can be sent to: it lives, though it may hang."""
+    try:
+        dist.isend(torch.zeros(1), rank, tag=_PROBE)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _answer(rank: int) -> str:

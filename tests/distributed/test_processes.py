@@ -2,10 +2,11 @@
 
 import dataclasses
 import logging
+import os
 
 import pytest
 import torch
-from launch import run
+from launch import SERVER, run
 from test_steps_over_ranks import Case, make_batch, make_step
 
 from medfast.config import TrainConfig, for_processes
@@ -118,6 +119,33 @@ def test_who_does_not_answer_is_named(tmp_path):
     )
     # Each tells it, as it may be the only one that can.
     assert told[0][1] is False
+
+
+def _loses_rank_1(rank, folder):
+    module._ROLL_CALL = 1.0
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", store, rank=rank, world_size=4)
+    group = joined(rank)
+    group.numbers(0)
+    if rank == 1:
+        os._exit(1)
+
+    def exchange():
+        with group.naming_the_lost():
+            group.numbers(0)
+
+    (folder / str(rank)).write_text(said(exchange)[0])
+
+
+def test_who_waits_for_a_live_process_is_not_taken_for_lost(tmp_path):
+    """Only the neighbours of one that ended learn of it at once, and the others by their end."""
+    group = [SERVER.Process(target=_loses_rank_1, args=(rank, tmp_path)) for rank in range(4)]
+    for process in group:
+        process.start()
+    for process in group:
+        process.join()
+    for rank in (0, 2, 3):
+        assert "the process of rank 1 has ended" in (tmp_path / str(rank)).read_text()
 
 
 def test_other_errors_are_left_as_they_are():
