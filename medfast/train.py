@@ -92,10 +92,12 @@ def train(config: TrainConfig, given: Collection[str] = ()) -> Path | None:
         raise SharedError(
             "torchrun --max-restarts needs a --name, by which a restarted run finds itself again."
         )
-    if processes.restarts() and config.resume is None:
-        config = dataclasses.replace(config, resume="auto")
     together = processes.join(config.timeout, config.comm)
     with together.naming_the_lost():
+        # Nodes count restarts of their own.
+        is_restarted = any(count for (count,) in together.numbers(processes.restarts()))
+        if is_restarted and config.resume is None:
+            config = dataclasses.replace(config, resume="auto")
         return _train(config, given, together)
 
 

@@ -34,7 +34,8 @@ def _environment(**more):
 
 def start(world, argv, *options):
     """Begin a run under torchrun; its output is read by `end`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    command += [] if "--nnodes" in options else ["--standalone"]
     # torchrun before Python 3.12 would take --logs for an option of its own without "--".
     command += ["--nproc-per-node", str(world), *options, "-m", "--", "medfast.train", *argv]
     return subprocess.Popen(
@@ -216,6 +217,25 @@ def test_a_killed_process_is_started_again_to_the_same_weights(
 @pytest.mark.parametrize("seed", range(2, 22))
 def test_twenty_killed_processes_change_nothing(phantom, tmp_path, undisturbed, seed):
     _kill_and_compare(phantom, tmp_path, undisturbed, random.Random(seed))
+
+
+@pytest.mark.slow
+def test_nodes_that_count_restarts_apart_go_on_together(phantom, tmp_path, undisturbed):
+    """torchrun counts a restart on the node whose process failed, and not always on the others."""
+    argv = _argv(phantom, tmp_path, "two", "--method", "declip", "--batch-size", "8")
+    options = ["--nnodes", "2", "--rdzv-backend", "c10d", "--local-addr", "127.0.0.1"]
+    options += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--max-restarts", "1"]
+    nodes = [start(1, [*argv, "--save-steps", "2"], *options) for _ in range(2)]
+    wait_for(nodes[0], tmp_path / "two", 3)
+    os.kill(processes_of(nodes[1])[0], signal.SIGKILL)
+    ends = [end(node) for node in nodes]
+    said = "".join(text for _, text in ends)
+    assert [code for code, _ in ends] == [0, 0], said
+    # At the first try.
+    assert said.count("resumed after epoch") == 1
+    assert "did not find one another" not in said
+    for name, want in weights(undisturbed).items():
+        assert torch.equal(weights(tmp_path / "two")[name], want), name
 
 
 @pytest.mark.parametrize("world", [1, 2])

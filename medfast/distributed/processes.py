@@ -7,7 +7,8 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -183,8 +184,7 @@ class Processes:
             return "the process that keeps the store of all, of rank 0 or of torchrun, is gone"
         if not missing:
             return "the connection between the processes failed, though all of them are alive"
-        ranks = ", ".join(map(str, sorted(missing)))
-        return f"the process of rank {ranks} has ended or hangs: it did not answer"
+        return f"the process of rank {_listed(missing)} has ended or hangs: it did not answer"
 
 
 def join(timeout: float, comm: str = "auto", name: str = "run") -> Processes:
@@ -209,8 +209,7 @@ def join(timeout: float, comm: str = "auto", name: str = "run") -> Processes:
     try:
         store, rank, world = next(iter(dist.rendezvous("env://", timeout=wait)))
         store.set_timeout(wait)
-        # A restarted process must not read what its predecessor wrote.
-        store = dist.PrefixStore(f"medfast {name} {restarts()}", store)
+        store = dist.PrefixStore(_meet(store, rank, world, f"medfast {name}", timeout), store)
         # Without a GPU there is no NCCL to make.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
@@ -223,13 +222,44 @@ def join(timeout: float, comm: str = "auto", name: str = "run") -> Processes:
     return Processes(rank, world, int(os.environ.get("LOCAL_RANK", "0")), comm, store)
 
 
+def _meet(store: dist.Store, rank: int, world: int, name: str, timeout: float) -> str:
+    """Return a prefix for the store that these very processes know, and none that ended before.
+
+    torchrun's store outlives them, and torchrun does not count restarts alike on all nodes. So
+    each makes up a word, and the first one gives its own to whom it hears of, until all took it.
+
+    Raises:
+        UsageError: some do not come.
+    """
+    word = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"{name} {rank}", word)
+        meeting = store.get(word).decode()
+        store.set(f"{meeting} {rank}", "is here")
+        return meeting
+    until = time.monotonic() + timeout
+    absent = set(range(1, world))
+    while absent:
+        for other in absent:
+            if store.check([f"{name} {other}"]):
+                store.set(store.get(f"{name} {other}").decode(), word)
+        time.sleep(0.02)
+        absent = {other for other in absent if not store.check([f"{word} {other}"])}
+        if absent and time.monotonic() > until:
+            raise UsageError(
+                f"the process of rank {_listed(absent)}, of {world} that torchrun announced, did "
+                f"not come within --timeout {timeout:g} seconds."
+            )
+    return word
+
+
 def announced() -> int:
     """Return how many processes torchrun has started; one without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def restarts() -> int:
-    """Return how often torchrun has started these processes again."""
+    """Return how often torchrun has started these processes again, as their node counts."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
@@ -245,6 +275,10 @@ def _is_connected(rank: int) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _listed(ranks: Collection[int]) -> str:
+    return ", ".join(map(str, sorted(ranks)))
 
 
 def _answer(rank: int) -> str:

@@ -3,6 +3,8 @@
 import dataclasses
 import logging
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -93,6 +95,27 @@ def test_a_process_alone_agrees_with_itself():
     alone.part()
     with pytest.raises(SharedError, match="the disk is full"), alone.together():
         _refuse()
+
+
+def _met(store, world, ranks, timeout=30.0):
+    """Return the prefixes that processes agree on, of which the first comes before the others."""
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        found = []
+        for rank in ranks:
+            found.append(pool.submit(module._meet, store, rank, world, "run", timeout))
+            time.sleep(0.1)
+        return {each.result() for each in found}
+
+
+def test_restarted_processes_do_not_take_what_others_left_in_the_store_for_theirs():
+    store = torch.distributed.HashStore()
+    (before,), (after,) = (_met(store, 3, (0, 1, 2)) for _ in range(2))
+    assert before != after
+
+
+def test_processes_that_do_not_come_are_named():
+    with pytest.raises(UsageError, match="rank 2, 3, of 4 that torchrun announced, did not come"):
+        _met(torch.distributed.HashStore(), 4, (0, 1), timeout=0.3)
 
 
 def _missing(rank, timeout):
