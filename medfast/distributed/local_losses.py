@@ -266,4 +266,5 @@ class _MergedColumns(torch.autograd.Function):
         scores, merged = ctx.saved_tensors
         d_all = ctx.ring.gather(d_columns, ctx.sizes)
         # Without any other image both are -inf.
-        return (scores - merged).exp().nan_to_num_(0) * d_all, None, None
+        weights = (scores - merged).exp().masked_fill_(merged.isneginf(), 0)
+        return weights * d_all, None, None

@@ -202,8 +202,8 @@ class Ring:
             self._count_all_reduce(partial)
             return self._peers.all_reduce(partial, is_log_sum_exp=True)
         most = self.all_reduce(partial.clone(), dist.ReduceOp.MAX)
-        # Where no rank has a term, all is -inf and their difference NaN.
-        sums = self.all_reduce((partial - most).exp().nan_to_num_(0))
+        # Where no rank has a term, all is -inf and their difference NaN; other NaN shall stay.
+        sums = self.all_reduce((partial - most).exp().masked_fill_(most.isneginf(), 0))
         return most + sums.log()
 
     def sum(self, own: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Losses over several processes: the values and gradients of one process on the whole batch."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +12,9 @@ from medfast.distributed import Ring
 
 D = 16
 SCALE, BIAS = 14.3, -10.0
-# Equal batches, and such as one process with fewer pairs leaves; a single pair is the least.
-BATCHES = [(4, 4), (5, 3), (4, 7, 1), (3, 3, 3, 3)]
+# Equal batches, and such as one process with fewer pairs leaves; a single pair is the least, and a
+# ring of one rank has no neighbour.
+BATCHES = [(5,), (4, 4), (5, 3), (4, 7, 1), (3, 3, 3, 3)]
 
 
 def features(pairs, dtype=torch.float32):
@@ -128,6 +131,27 @@ def test_bf16_features_have_sums_in_fp32(tmp_path):
             # The loss itself is not rounded to bf16.
             value = sum(p[0] for p in parts) / 2
             assert value == pytest.approx(expected[name][0].item(), rel=1e-6)
+
+
+def _without_a_number(rank, way):
+    """Return losses where rank 1 alone has an image that is NaN."""
+    impl, comm = way
+    more = {"ring": Ring(comm=comm), "impl": impl}
+    x = leaves(rank, (4, 4))[:3]
+    (*parts, _, _, _), mask = parts_of_pairs(rank, (4, 4))
+    if rank == 1:
+        for images in (x[0], parts[0]):
+            images.data[0] = torch.nan
+    clip = distributed.clip_loss(*x, **more)
+    local = distributed.local_alignment_loss(*parts, mask, **more)
+    filip = distributed.filip_loss(*parts, mask, 1.0, **more)
+    return [loss.item() for loss in (clip, local, filip)]
+
+
+@pytest.mark.parametrize("way", [("torch", "ring"), ("cpu", "gather"), ("reference", "auto")])
+def test_an_image_without_a_number_is_in_the_loss_of_every_rank(tmp_path, way):
+    for losses_of_rank in run(2, _without_a_number, tmp_path, way):
+        assert all(map(math.isnan, losses_of_rank)), losses_of_rank
 
 
 def _weighted(rank, sizes, way):
