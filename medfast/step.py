@@ -35,8 +35,8 @@ class Step:
     pairs of all of them.
 
     Attributes:
-        unsound: Of each rank, whether it had features that are not finite in the last step, bool
-            [W]; None for one rank.
+        unsound: Of each rank, whether it had features that are not finite in the first step in
+            which any had, bool [W]: a step later all have. None for one rank.
 
     Args:
         model: The towers.
@@ -150,7 +150,10 @@ class Step:
         unsound[ring.rank] = (~sums.isfinite()).any()
         terms = torch.stack(list(own.values())).float()
         means = ring.mean(torch.cat([terms, unsound]))
-        self.unsound = means[len(own) :] > 0
+        found = means[len(own) :] > 0
+        # Without a look at the values, for which a GPU would have to be waited for.
+        was = found if self.unsound is None else self.unsound
+        self.unsound = torch.where(was.any(), was, found)
         return dict(zip(own, means[: len(own)], strict=True))
 
     def _total(self, losses: Mapping[str, Tensor]) -> Tensor:

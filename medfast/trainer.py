@@ -189,12 +189,14 @@ class Trainer:
             self.samples += pairs
             bar.update()
             last = self.step % self.steps_per_epoch == 0
-            if self.step == 1 or self.step % self.config.log_every == 0 or last:
+            every = self.config.save_steps
+            saves = every > 0 and self.step % every == 0 and not last
+            # No checkpoint is written of a step whose loss nobody looked at.
+            if self.step == 1 or self.step % self.config.log_every == 0 or last or saves:
                 row = self._describe(losses, norm, lr, pairs, waiting, started)
                 self.run.append_metrics(row)
                 log.info("%s", _line(row, self.total_steps), extra={"progress": True})
-            every = self.config.save_steps
-            if every and self.step % every == 0 and not last:
+            if saves:
                 self.save()
             waiting = time.perf_counter()
         if self.step == before and begun == 0:
@@ -326,7 +328,7 @@ class Trainer:
         if unsound is None or not unsound.any() or unsound.all():
             return ""
         ranks = ", ".join(str(rank) for rank in unsound.nonzero().flatten().tolist())
-        return f"; the features of rank {ranks} alone are not finite"
+        return f"; first the features of rank {ranks} alone were not finite"
 
     def _state(self) -> dict[str, Any]:
         """Return what a checkpoint holds; all processes must ask."""

@@ -410,6 +410,14 @@ def test_odd_captions_train(own_phantom, tmp_path):
     assert not (tmp_path / "a" / "skipped.jsonl").exists()
 
 
+def test_no_step_is_saved_whose_loss_is_not_finite(phantom, tmp_path, refusal):
+    more = ("--lr", "1e30", "--warmup", "0", "--log-every", "99", "--save-steps", "1")
+    said = refusal(_argv(phantom, tmp_path, *more))
+    assert re.search(r"the loss is (nan|inf) at step 2", said)
+    (only,) = checkpoint.listing(tmp_path / "a" / "checkpoints")
+    assert checkpoint.load(only)["step"] == 1
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(phantom, tmp_path, refusal):
     said = refusal(_argv(phantom, tmp_path, "--lr", "1e30", "--log-every", "1", "--warmup", "0"))
     assert re.search(r"the loss is (nan|inf) at step \d+", said)

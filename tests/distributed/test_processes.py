@@ -264,7 +264,7 @@ def test_what_befalls_one_process_stops_or_spares_all(tmp_path, phantom, tokeniz
     assert (mistake[1], steps) == (True, 1)
     mistake, _, _ = first["_is_not_finite"]
     assert "the loss is nan at step 1" in mistake[0]
-    assert "; the features of rank 1 alone are not finite: lower --lr" in mistake[0]
+    assert "; first the features of rank 1 alone were not finite: lower --lr" in mistake[0]
     assert mistake[1] is True
     # A step without pairs of one process is left out by all, and the sample is listed.
     assert first["_is_damaged"] == (None, 1, 8)

@@ -123,6 +123,27 @@ def test_a_step_is_that_of_one_process_with_all_pairs(tmp_path, phantom, tokeniz
                 assert (other[case][name] == first[case][name]).all(), f"{case}: {name}"
 
 
+def _unsound(rank, phantom, folder):
+    """Return what a step says of ranks, as first none, then rank 1, then all are not finite."""
+    tokenizer, ring = Tokenizer.load(folder, 48), Ring()
+    case = Case("clip", "auto", "vit")
+    step, batch = make_step(case, tokenizer, ring), make_batch(phantom, tokenizer, case, 4)
+    found = []
+    for ranks in ((), (1,), (0, 1)):
+        if rank in ranks:
+            step.model.image_projection.weight.data.fill_(torch.nan)
+        step.backward([batch])
+        found.append(step.unsound.tolist())
+    return found
+
+
+def test_the_rank_is_known_that_was_first_not_finite(tmp_path, phantom, tokenizer):
+    folder = tmp_path / "tokenizer"
+    tokenizer.save(folder)
+    first = [[False, False], [False, True], [False, True]]
+    assert run(2, _unsound, tmp_path, phantom, folder) == [first, first]
+
+
 def _beside_open_clip(rank, phantom, folder):
     from open_clip import ClipLoss
     from torch.nn.parallel import DistributedDataParallel
