@@ -23,9 +23,10 @@ _NAME = re.compile(r"epoch_(\d+)(?:_step_(\d+))?\.pt")
 
 
 def save(folder: Path, state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint into `folder` and remove all but the newest `keep`.
+    """Write a checkpoint into `folder` and remove all others but the newest `keep`.
 
-    It is `epoch_N.pt` after N epochs, and `epoch_N_step_S.pt` at step S within the next one.
+    It is `epoch_N.pt` after N epochs, and `epoch_N_step_S.pt` at step S within the next one. It
+    stays also where a run that went back to an older one has later ones.
 
     Args:
         folder: The run's `checkpoints/`.
@@ -36,7 +37,8 @@ def save(folder: Path, state: dict[str, Any], keep: int) -> Path:
     path = folder / f"epoch_{state['epoch']}{within}.pt"
     _write(path, state)
     for old in listing(folder)[:-keep]:
-        old.unlink()
+        if old != path:
+            old.unlink()
     return path
 
 

@@ -24,6 +24,12 @@ def test_a_checkpoint_comes_back_and_the_oldest_go(tmp_path):
     assert torch.equal(state["state_dict"]["w"], torch.ones(2))
 
 
+def test_a_run_that_went_back_keeps_what_it_writes(tmp_path):
+    for epoch in (3, 1):
+        checkpoint.save(tmp_path, {**STATE, "epoch": epoch}, keep=1)
+    assert [p.name for p in checkpoint.listing(tmp_path)] == ["epoch_1.pt", "epoch_3.pt"]
+
+
 def test_checkpoints_within_an_epoch_lie_between_those_of_its_ends(tmp_path):
     for epoch, within, step in ((0, 5, 5), (1, 0, 10), (1, 5, 15), (1, 9, 109), (2, 0, 120)):
         state = {**STATE, "epoch": epoch, "epoch_step": within, "step": step}
