@@ -321,6 +321,11 @@ class TrainConfig:
             raise UsageError(
                 f"--sharding full: --optimizer {self.optimizer} needs whole weights; use adamw."
             )
+        if self.sharding == "full" and self.precision == "amp":
+            # torch's scaler looks at all gradients at once, and takes no parts beside whole ones.
+            raise UsageError(
+                "--sharding full: --precision amp needs gradients that are all whole; use amp_bf16."
+            )
         self._check_sources()
         self._check_model()
 

@@ -360,4 +360,6 @@ def test_a_run_of_one_process_refuses_what_is_for_several(phantom, tmp_path, ref
     assert "--sharding full is for several processes; start them with torchrun" in said
     said = refusal(["--sharding", "full", "--optimizer", "lamb"])
     assert "--optimizer lamb needs whole weights" in said
+    said = refusal(["--sharding", "full", "--precision", "amp"])
+    assert "--precision amp needs gradients that are all whole; use amp_bf16" in said
     assert "--resume must be with a --name" in refusal(["--resume", "auto"])
