@@ -22,9 +22,18 @@ def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add rows to a file, which is made with the first; NaN and infinity become null.
 
     What is not ASCII is escaped: paths need not be UTF-8.
+
+    Raises:
+        UsageError: it cannot be written, as on a full disk.
     """
-    with path.open("a", encoding="ascii") as file:
-        file.writelines(json.dumps(_finite(row)) + "\n" for row in rows)
+    try:
+        with path.open("a", encoding="ascii") as file:
+            file.writelines(json.dumps(_finite(row)) + "\n" for row in rows)
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be written ({error.strerror}). Make room or give the right to write "
+            "there, and start again; a run goes on with --resume latest."
+        ) from None
 
 
 def read(path: Path) -> list[dict[str, Any]]:

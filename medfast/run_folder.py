@@ -120,7 +120,9 @@ class RunFolder:
             raise
         finally:
             logger.removeHandler(handler)
-            handler.close()
+            # On a full disk what it still holds cannot be written: no reason to hide another error.
+            with contextlib.suppress(OSError):
+                handler.close()
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one row to `metrics.jsonl`."""

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,13 @@ def test_a_half_written_row_is_left_out_and_can_be_cut_off(tmp_path, whole):
     json_lines.append(path, [{"a": 9}])
     assert json_lines.read(path) == [*rows, {"a": 9}]
     assert path.read_bytes() == whole + b'{"a": 9}\n'
+
+
+def test_a_full_disk_is_a_sentence():
+    with pytest.raises(
+        UsageError, match=r"/dev/full cannot be written \(No space left on device\)"
+    ):
+        json_lines.append(Path("/dev/full"), [{"a": 1}])
 
 
 @pytest.mark.parametrize("line", ["{", "[]", "\0\0"])
