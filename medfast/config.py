@@ -17,7 +17,7 @@ Precision = Literal["auto", "fp32", "amp_bf16", "amp", "pure_bf16"]
 OptimizerName = Literal["adamw", "lamb", "apex_lamb"]
 Device = Literal["auto", "cpu", "cuda"]
 LoaderName = Literal["auto", "dali", "torch"]
-Comm = Literal["auto", "ring", "gather"]
+Comm = Literal["auto", "ring", "gather", "symmetric"]
 Sharding = Literal["none", "full"]
 
 # Settings in place of the defaults, by the name of --recipe.
@@ -204,7 +204,8 @@ class TrainConfig:
         "auto",
         "several processes (torchrun)",
         "How features cross processes: around a ring, so that none ever holds those of all, or "
-        "gathered. auto: gathered where messages are so small that latency decides.",
+        "gathered. auto: gathered where messages are so small that latency decides. symmetric: as "
+        "ring, and sums go through NVLink by a kernel, which has not run on several GPUs yet.",
     )
     sharding: Sharding = setting(
         "none",

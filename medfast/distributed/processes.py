@@ -198,7 +198,7 @@ def join(timeout: float, comm: str = "auto", name: str = "run") -> Processes:
         name: Of what they do together, by which they find one another in the store.
 
     Raises:
-        UsageError: the others do not come.
+        UsageError: the others do not come, or `comm` cannot run here.
     """
     world = announced()
     if world == 1:
@@ -219,7 +219,11 @@ def join(timeout: float, comm: str = "auto", name: str = "run") -> Processes:
             f"the {world} processes that torchrun announced did not find one another within "
             f"--timeout {timeout:g} seconds ({reason})."
         ) from None
-    return Processes(rank, world, int(os.environ.get("LOCAL_RANK", "0")), comm, store)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    try:
+        return Processes(rank, world, local_rank, comm, store)
+    except RuntimeError as error:
+        raise SharedError(f"--comm: {str(error).removeprefix('Ring: ')}") from None
 
 
 def _meet(store: dist.Store, rank: int, world: int, name: str, timeout: float) -> str:

@@ -133,6 +133,18 @@ def _missing(rank, timeout):
     return said(exchange)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_an_exchange_that_cannot_run_is_refused_by_its_flag(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    met = iter([(torch.distributed.HashStore(), 0, 2)])
+    monkeypatch.setattr(module.dist, "rendezvous", lambda *_, **__: met)
+    monkeypatch.setattr(module.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(module, "_meet", lambda *_: "here")
+    monkeypatch.setattr(module, "has_joined", False)
+    with pytest.raises(SharedError, match="--comm: comm='symmetric' cannot run here: .* Use "):
+        module.join(1.0, "symmetric")
+
+
 def test_who_does_not_answer_is_named(tmp_path):
     told = run(3, _missing, tmp_path, 5.0)
     assert told[0] == told[1]
