@@ -14,8 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from medfast.data.phantom.suite import write_suite
 from medfast.evals.suite import cells
+from medfast.evals.suite.phantom import write_suite
 
 TRAINING = ("--phantom-pairs", "1000", "--epochs", "5", "--force-image-size", "64")
 

@@ -21,6 +21,7 @@ ALLOWED = {
     "evals": {
         *("evals", "models", "data", "ops", "device", "report", "__version__"),
         *("config", "methods", "checkpoint"),  # of the runs that are evaluated
+        "cli",  # for the command that writes the suite's phantoms
     },
     "report": {"report"},
     "device": set(),

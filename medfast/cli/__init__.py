@@ -3,6 +3,7 @@
 from medfast.cli.commands import COMMANDS, main
 from medfast.cli.data import parse_data
 from medfast.cli.evaluate import parse_evaluate
+from medfast.cli.export import parse_export
 from medfast.cli.output import log_to_console, results_table
 from medfast.cli.parser import Parser
 from medfast.cli.process import rank, run
@@ -19,6 +20,7 @@ __all__ = [
     "main",
     "parse_data",
     "parse_evaluate",
+    "parse_export",
     "parse_profile",
     "parse_results",
     "parse_study",

@@ -14,10 +14,11 @@ COMMANDS = {
     "train": "Train one model, evaluate it and write its report.",
     "data": "Check and pack image-caption data, or write the phantom.",
     "env": "Print versions, devices and which implementations can run here.",
-    "profile": "Time training steps with a fused loss beside those with the reference.",
+    "profile": "Say where the time and memory of training steps go, with a fused loss and without.",
     "study": "Train methods, seeds and initialisations under one budget, and compare them.",
     "evaluate": "Evaluate a model on what is there of 25 data sets.",
     "results": "Compare evaluations of several runs in one table.",
+    "export": "Write a run as a folder that open_clip and transformers load.",
 }
 # What has the `main` of each.
 MODULES = {
@@ -28,6 +29,7 @@ MODULES = {
     "study": "medfast.study.__main__",
     "evaluate": "medfast.evaluate",
     "results": "medfast.results",
+    "export": "medfast.export.__main__",
 }
 
 

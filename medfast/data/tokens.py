@@ -97,6 +97,8 @@ class Tokenizer:
             eos_token=_END,
             mask_token=_MASK,
             model_max_length=context_length,
+            # As above; transformers 4 would drop it where it loads what transformers 5 saved.
+            add_prefix_space=True,
         )
         return cls(inner, context_length)
 

@@ -18,9 +18,9 @@ import torch
 
 from medfast import parts
 from medfast.data.phantom import write_phantom
-from medfast.data.phantom.suite import write_suite
 from medfast.device import pick_device
 from medfast.errors import UsageError
+from medfast.evals.suite.phantom import write_suite
 from medfast.study.folder import (
     Record,
     best,

@@ -213,7 +213,7 @@ class Study:
 
     def suite_command(self) -> list[str]:
         """Return the words after `python` that write the phantoms of the suite."""
-        return ["-m", "medfast.data.phantom.suite", "--out", str(self.suite_data)]
+        return ["-m", "medfast.evals.suite.phantom", "--out", str(self.suite_data)]
 
     def data_command(self) -> list[str]:
         """Return the words after `python` that write the general domain."""

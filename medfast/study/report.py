@@ -119,8 +119,8 @@ def notes(study: Study, outcomes: Sequence[Outcome]) -> list[str]:
         if outcome.run == PRETRAINING:
             recall = _share([outcome.values["R@1"]])
             lines.append(
-                f"The general weights are clip's, trained {PRETRAINING_LENGTH} times as many epochs "
-                f"on the phantom's general domain, where its R@1 is {recall}."
+                f"The general weights are clip's, trained {PRETRAINING_LENGTH} times as many "
+                f"epochs on the phantom's general domain, where its R@1 is {recall}."
             )
     if study.pretrained is not None:
         lines.append(f"The general weights are {study.pretrained}.")

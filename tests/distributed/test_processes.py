@@ -141,7 +141,7 @@ def test_an_exchange_that_cannot_run_is_refused_by_its_flag(monkeypatch):
     monkeypatch.setattr(module.dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(module, "_meet", lambda *_: "here")
     monkeypatch.setattr(module, "has_joined", False)
-    with pytest.raises(SharedError, match="--comm: comm='symmetric' cannot run here: .* Use "):
+    with pytest.raises(SharedError, match="--comm: comm='symmetric' cannot run"):
         module.join(1.0, "symmetric")
 
 

@@ -183,7 +183,7 @@ def test_phantoms_of_the_suite_are_listed_and_written_once(
     study_command.main(argv("local", more=[*more, "--list"]))
     first, *_, last = (shlex.split(x) for x in capsys.readouterr().out.splitlines() if x[0] != "#")
     place = tmp_path / "study" / "suite"
-    assert first == ["python", "-m", "medfast.data.phantom.suite", "--out", str(place)]
+    assert first == ["python", "-m", "medfast.evals.suite.phantom", "--out", str(place)]
     assert last[last.index("--data-root") + 1] == str(place)
     written = []
     monkeypatch.undo()

@@ -8,12 +8,12 @@ from typing import Any
 from medfast.errors import UsageError
 from medfast.models.pretrained import from_timm, from_transformers
 from medfast.models.pretrained.files import Weights
-from medfast.models.pretrained.tower import Tower, Weight, below, renamed
+from medfast.models.pretrained.tower import Tower, Weight, apart, below, renamed
 
 FORMAT = "open_clip"
 
 # open_clip's names of an image tower -> timm's.
-_IMAGE_NAMES = (
+IMAGE_NAMES = (
     ("class_embedding", "cls_token"),
     ("positional_embedding", "pos_embed"),
     ("conv1.", "patch_embed.proj."),
@@ -27,7 +27,7 @@ _IMAGE_NAMES = (
     (".mlp.c_proj.", ".mlp.fc2."),
 )
 # open_clip's names of a text tower -> transformers'.
-_TEXT_NAMES = (
+TEXT_NAMES = (
     ("token_embedding.", "embeddings.token_embedding."),
     ("positional_embedding", "embeddings.position_embedding.weight"),
     ("ln_final.", "final_layer_norm."),
@@ -41,6 +41,11 @@ _TEXT_NAMES = (
 _TEXT = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.")
 # open_clip's words for pooling -> timm's; an empty one is the model's own.
 _POOLS = {"tok": "token", "": None, None: None}
+# Of text: at the end token, by its id or as the greatest, which is one and the same to medfast's
+# tower, as it asks its own tokenizer which that is.
+_TEXT_POOLS = {"eos": "argmax"}
+# What stands in names of queries, keys and values: open_clip's for all, transformers' for each.
+ATTENTION = (".attn.in_proj_", ".self_attn.{}_proj.")
 
 
 def find(weights: Weights) -> tuple[Tower | None, Tower | None]:
@@ -58,7 +63,7 @@ def find(weights: Weights) -> tuple[Tower | None, Tower | None]:
 def _image(weights: Weights, config: dict[str, Any], activation: str | None) -> Tower | None:
     vision = config.get("vision_cfg", {})
     if "visual.class_embedding" in weights.tensors:
-        found = renamed(below(weights.tensors, "visual."), _IMAGE_NAMES, drop=("proj",))
+        found = renamed(below(weights.tensors, "visual."), IMAGE_NAMES, drop=("proj",))
         pool = vision.get("pool_type", "tok") if vision else None
         return Tower(
             FORMAT,
@@ -100,27 +105,16 @@ def _text(weights: Weights, config: dict[str, Any], activation: str | None) -> T
     found = below(tensors, prefix)
     if not prefix:
         found = {name: weight for name, weight in found.items() if name.startswith(_TEXT)}
+    found = renamed(found, TEXT_NAMES, drop=("text_projection", "attn_mask"))
+    pool = text.get("pool_type")
     return Tower(
         FORMAT,
-        _split(renamed(found, _TEXT_NAMES, drop=("text_projection", "attn_mask"))),
+        apart(found, *ATTENTION),
         projection=_matrix(weights, f"{prefix}text_projection"),
         activation=activation,
         heads=text.get("heads"),
-        pool=text.get("pool_type"),
+        pool=_TEXT_POOLS.get(pool, pool),
     )
-
-
-def _split(found: dict[str, Weight]) -> dict[str, Weight]:
-    """Return the weights with queries, keys and values apart, as transformers keeps them."""
-    result = {}
-    for name, (tensor, names) in found.items():
-        start, joined, kind = name.partition(".attn.in_proj_")
-        if not joined:
-            result[name] = Weight(tensor, names)
-            continue
-        for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-            result[f"{start}.self_attn.{letter}_proj.{kind}"] = Weight(part, names)
-    return result
 
 
 def _matrix(weights: Weights, name: str) -> Weight | None:

@@ -19,6 +19,8 @@ FORMAT = "timm"
 HEADS = ("head.", "head_dist.", "fc.", "classifier.", "pre_logits.")
 # What a ViT and a ResNet have, whatever is before the name.
 _ANCHORS = ("patch_embed.proj.weight", "layer1.0.conv1.weight")
+# What timm keeps with dimensions of size 1 before those of CLIP, and how many.
+_BATCH = (("cls_token", 2), ("pos_embed", 1))
 _ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh"}
 
 
@@ -71,10 +73,19 @@ def pooling(trunk: Any) -> str | None:
 def with_batch(weights: dict[str, Weight]) -> dict[str, Weight]:
     """Return weights of CLIP with the batch dimension that timm keeps in two of them."""
     result = dict(weights)
-    for name, dims in (("cls_token", 2), ("pos_embed", 1)):
+    for name, dims in _BATCH:
         if name in weights:
             tensor, names = weights[name]
             result[name] = Weight(tensor[(None,) * dims], names)
+    return result
+
+
+def without_batch(weights: dict[str, Weight]) -> dict[str, Weight]:
+    """Return timm's weights as CLIP keeps them: what `with_batch` takes back."""
+    result = dict(weights)
+    for name, dims in _BATCH:
+        tensor, names = weights[name]
+        result[name] = Weight(tensor[(0,) * dims], names)
     return result
 
 

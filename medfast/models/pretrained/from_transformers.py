@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from medfast.models.pretrained import from_timm
 from medfast.models.pretrained.files import Weights
-from medfast.models.pretrained.tower import Tower, Weight, below, prefix_of, renamed
+from medfast.models.pretrained.tower import (
+    Tower,
+    Weight,
+    below,
+    prefix_of,
+    renamed,
+    together,
+)
 
 CLIP = "transformers CLIP"
 TEXT = "transformers text"
 
 # transformers' names of a CLIP image tower -> timm's.
-_IMAGE_NAMES = (
+IMAGE_NAMES = (
     ("embeddings.class_embedding", "cls_token"),
     ("embeddings.position_embedding.weight", "pos_embed"),
     ("embeddings.patch_embedding.", "patch_embed.proj."),
@@ -24,6 +29,8 @@ _IMAGE_NAMES = (
     (".layer_norm", ".norm"),
     (".self_attn.out_proj.", ".attn.proj."),
 )
+# What stands in names of queries, keys and values: transformers' for each, timm's for all.
+ATTENTION = (".self_attn.{}_proj.", ".attn.qkv.")
 # The first BERT checkpoints kept TensorFlow's names.
 _OLD_NORMS = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 # Buffers of old versions; heads that medfast has not.
@@ -104,19 +111,8 @@ def _config(weights: Weights) -> Any:
 
 
 def _image(found: dict[str, Weight]) -> dict[str, Weight]:
-    names = renamed(found, _IMAGE_NAMES, drop=(*_BUFFERS, *_CLIP_HEADS))
-    result: dict[str, Weight] = {}
-    for name, weight in names.items():
-        if ".self_attn.q_proj." in name:
-            # timm keeps the three as one.
-            three = [names.get(name.replace(".q_proj.", f".{x}_proj.")) for x in "qkv"]
-            parts = [part for part in three if part is not None]
-            tensor = torch.cat([part.tensor for part in parts])
-            joined = tuple(n for part in parts for n in part.names)
-            result[name.replace(".self_attn.q_proj.", ".attn.qkv.")] = Weight(tensor, joined)
-        elif ".self_attn." not in name:
-            result[name] = weight
-    return from_timm.with_batch(result)
+    names = renamed(found, IMAGE_NAMES, drop=(*_BUFFERS, *_CLIP_HEADS))
+    return from_timm.with_batch(together(names, *ATTENTION))
 
 
 def _projection(weights: Weights, name: str) -> Weight | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from medfast.errors import UsageError
@@ -67,6 +68,45 @@ def renamed(
         for old, new in rules:
             name = name.replace(old, new)
         found[name] = weight
+    return found
+
+
+def inverse(rules: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the rules of `renamed` that give names back."""
+    return [(new, old) for old, new in reversed(rules)]
+
+
+def apart(weights: Mapping[str, Weight], joint: str, part: str) -> dict[str, Weight]:
+    """Return weights with queries, keys and values apart, where they are kept as one.
+
+    Args:
+        weights: By name.
+        joint: What names of joint ones hold, such as ".attn.qkv.".
+        part: What takes its place, with {} for the letter, such as ".attn.{}_proj.".
+    """
+    found: dict[str, Weight] = {}
+    for name, weight in weights.items():
+        if joint not in name:
+            found[name] = weight
+            continue
+        for letter, tensor in zip("qkv", weight.tensor.chunk(3), strict=True):
+            found[name.replace(joint, part.format(letter))] = Weight(tensor, weight.names)
+    return found
+
+
+def together(weights: Mapping[str, Weight], part: str, joint: str) -> dict[str, Weight]:
+    """Return weights with queries, keys and values as one: what `apart` takes back."""
+    query, *others = (part.format(letter) for letter in "qkv")
+    found: dict[str, Weight] = {}
+    for name, weight in weights.items():
+        if query in name:
+            names = [name.replace(query, own) for own in (query, *others)]
+            parts = [weights[own] for own in names if own in weights]
+            tensor = torch.cat([own.tensor for own in parts])
+            sources = tuple(source for own in parts for source in own.names)
+            found[name.replace(query, joint)] = Weight(tensor, sources)
+        elif not any(own in name for own in others):
+            found[name] = weight
     return found
 
 

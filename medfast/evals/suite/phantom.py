@@ -1,4 +1,4 @@
-"""`python -m medfast.data.phantom.suite`: the phantom as every data set of the suite."""
+"""`python -m medfast.evals.suite.phantom`: the phantom as every data set of the suite."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ IMAGES = 120
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run `python -m medfast.data.phantom.suite ...`."""
+    """Run `python -m medfast.evals.suite.phantom ...`."""
     from medfast.cli import Parser, run
 
     parser = Parser(
-        prog="medfast.data.phantom.suite",
+        prog="medfast.evals.suite.phantom",
         description="Write small phantoms in the layouts of all 25 data sets of the suite.",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="A new folder.")
     given = parser.parse_args(argv)
-    run(lambda: write_suite(given.out), "medfast.data.phantom.suite")
+    run(lambda: write_suite(given.out), "medfast.evals.suite.phantom")
 
 
 def write_suite(out: Path) -> None:
