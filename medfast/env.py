@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ def describe() -> str:
     lines += [f"  {name:<14} {_version(name)}" for name in PACKAGES]
     lines += ["", "devices", f"  {'system':<14} {platform.platform()}"]
     lines += [f"  {'cpu':<14} {_cpu()}"]
-    lines += [f"  {'gpu':<14} {_gpu()}"]
+    lines += [f"  {'gpu':<14} {_gpu()}; csrc: {_cuda_kernels()}"]
     for op in IMPLEMENTATIONS:
         lines += ["", op]
         chosen = choose(op, "auto", torch.empty(0))
@@ -72,6 +73,11 @@ def _csrc() -> str:
     except ImportError:
         return "not built"
     return f"{_C.instruction_set()}, {'OpenMP' if _C.openmp else 'one thread'}"
+
+
+def _cuda_kernels() -> str:
+    built = "not built" if importlib.util.find_spec("medfast._CUDA") is None else "built"
+    return f"CUDA kernels {built}; they were not yet run on a GPU, so auto does not choose them"
 
 
 def _gpu() -> str:

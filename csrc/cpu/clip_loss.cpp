@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "arithmetic/clip_loss.h"
 #include "bf16.h"
 #include "exponential.h"
 
@@ -53,7 +54,8 @@ MEDFAST_KERNEL float gradient_part(const float* logits, int64_t columns, float s
 #pragma omp simd reduction(+ : total)
   for (int64_t j = 0; j < columns; ++j) {
     const float logit = logits[j];
-    const float g = exponential(logit - shift) * (row_weight + column_weights[j]);
+    const float g =
+        clip_loss_both_ways(exponential(logit - shift), row_weight, column_weights[j]);
     gradient[j] = g;
     total += logit == -INFINITY ? 0.0f : g * logit;
   }

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         local_alignment_scores,
         word_patch_attention,
     )
+    from medfast.ops.pixels.api import normalize_crops
     from medfast.ops.ranking.api import paired_ranks, retrieval_rank
     from medfast.ops.siglip.api import siglip_loss
     from medfast.ops.simclr.api import simclr_loss
@@ -28,6 +29,7 @@ __all__ = [
     "filip_scores",
     "local_alignment_loss",
     "local_alignment_scores",
+    "normalize_crops",
     "paired_ranks",
     "register_flop_formulas",
     "retrieval_rank",
@@ -46,6 +48,7 @@ _FOLDERS = {
     "filip_scores": "filip",
     "local_alignment_loss": "local_alignment",
     "local_alignment_scores": "local_alignment",
+    "normalize_crops": "pixels",
     "paired_ranks": "ranking",
     "retrieval_rank": "ranking",
     "siglip_loss": "siglip",

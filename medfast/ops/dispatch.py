@@ -12,9 +12,10 @@ from torch import Tensor
 
 from medfast.errors import unknown_name
 
-# What can run each op, best first.
+# What can run each op, best first. "reference" always can: what stands behind it, since it was not
+# yet run on a GPU, has to be asked for.
 IMPLEMENTATIONS = {
-    "clip_loss": ("triton", "cpu", "torch", "reference"),
+    "clip_loss": ("triton", "cpu", "torch", "reference", "cuda"),
     "siglip_loss": ("triton", "cpu", "torch", "reference"),
     "cyclip_loss": ("torch", "reference"),
     "simclr_loss": ("triton", "cpu", "torch", "reference"),
@@ -22,16 +23,24 @@ IMPLEMENTATIONS = {
     "filip_loss": ("triton", "cpu", "torch", "reference"),
     "sparc_loss": ("triton", "cpu", "torch", "reference"),
     "retrieval_rank": ("triton", "cpu", "torch", "reference"),
+    "normalize_crops": ("torch", "reference", "cuda"),
 }
 NAMES = ("cuda", "triton", "cpu", "torch", "reference")
 
 try:
     # After torch, so that both share its OpenMP threads.
-    import medfast._C  # noqa: F401
+    import medfast._C
 except ImportError as error:
     _CSRC_ERROR: str | None = str(error)
 else:
     _CSRC_ERROR = None
+
+try:
+    import medfast._CUDA  # noqa: F401
+except ImportError as error:
+    _CUDA_ERROR: str | None = str(error)
+else:
+    _CUDA_ERROR = None
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -45,6 +54,8 @@ def why_not(op: str, impl: str, features: Tensor | None = None) -> str | None:
         return f"{op} has no such implementation yet"
     if impl == "triton":
         return _why_not_triton(features)
+    if impl == "cuda":
+        return _why_not_cuda(op, features)
     if impl == "cpu":
         if _CSRC_ERROR:
             return f"the C++ kernels are not there ({_CSRC_ERROR}); reinstall with a compiler"
@@ -62,6 +73,21 @@ def _why_not_triton(features: Tensor | None) -> str | None:
         return "its sums are in fp32, the features in fp64"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
+    return _why_not_gpu(features)
+
+
+def _why_not_cuda(op: str, features: Tensor | None) -> str | None:
+    if _CUDA_ERROR:
+        return f"the CUDA kernels are not there ({_CUDA_ERROR}); reinstall where nvcc is"
+    if op == "clip_loss":
+        if not _HAS_TRITON:
+            return "triton is not installed, whose chunks it shares"
+        if features is not None and features.dtype not in (torch.bfloat16, torch.float16):
+            return f"it multiplies bf16 and fp16 alone, the features are {features.dtype}"
+    return _why_not_gpu(features)
+
+
+def _why_not_gpu(features: Tensor | None) -> str | None:
     if features is not None and features.device.type != "cuda":
         return f"the features are on {features.device}, its kernels run on a GPU"
     if not torch.cuda.is_available():

@@ -38,7 +38,8 @@ def clip_loss(
         logit_scale: The inverse temperature, a number or a tensor of one element.
         positives: Group ids, int64 [B]: rows of equal id are positives of one another, the mean
             over them taken outside the logarithm. None stands for the diagonal alone.
-        impl: "auto", "cpu", "triton", "torch" or "reference".
+        impl: "auto", "cpu", "triton", "cuda", "torch" or "reference". "cuda" takes bf16 and fp16
+            features alone and was not yet run on a GPU: "auto" does not choose it.
 
     Returns:
         The loss, a scalar: fp32, or fp64 for fp64 features. NaN features make it NaN.

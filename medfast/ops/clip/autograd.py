@@ -6,7 +6,9 @@ of views, is scored with the same op; what is built from them costs O(M + N).
 
 from __future__ import annotations
 
+import importlib
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from torch import Tensor
 from medfast.ops import tiles
 from medfast.ops.clip import chunked
 from medfast.ops.workspace import lend
+
+# They never keep logits.
+_ON_A_GPU = ("cuda", "triton")
 
 
 def log_sum_exps(
@@ -31,7 +36,7 @@ def log_sum_exps(
         columns: [N, D], of the rows' dtype.
         logit_scale: [].
         offset: Column that belongs to row 0; outside the rectangle nothing is left out.
-        impl: "cpu", "triton" or "torch".
+        impl: "cpu", "cuda", "triton" or "torch".
 
     Returns:
         own [M], -inf where the own column does not exist; r [M]; c [N]; -inf where nothing is left
@@ -48,10 +53,9 @@ def clip_loss_fwd(
     rows: Tensor, columns: Tensor, logit_scale: Tensor, offset: int, impl: str, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return own logits, both log-sum-exps and the kept logits [M, N], empty where not kept."""
-    if impl == "triton":
-        from medfast.ops.clip import triton
-
-        return (*triton.forward(rows, columns, logit_scale, offset), rows.new_empty(0, 0))
+    if impl in _ON_A_GPU:
+        sums = _kernels(impl).forward(rows, columns, logit_scale, offset)
+        return (*sums, rows.new_empty(0, 0, dtype=_kept_dtype(rows, impl)))
     shape = _kept_shape(rows, columns, impl, needs_grad)
     kept = lend(math.prod(shape), rows, _kept_dtype(rows, impl)).view(shape)
     sums = chunked.forward(rows, columns, logit_scale, offset, kept, _passes(impl, logit_scale))
@@ -91,10 +95,8 @@ def clip_loss_bwd(
     holds_rows = needs_rows or (needs_scale and not needs_columns)
     d_logits = (d_own, d_rows.contiguous(), d_columns.contiguous())
     inputs = (*d_logits, rows, columns, logit_scale, offset, own, row_lse, column_lse)
-    if impl == "triton":
-        from medfast.ops.clip import triton
-
-        *products, d_scale = triton.backward(*inputs, holds_rows, needs_columns)
+    if impl in _ON_A_GPU:
+        *products, d_scale = _kernels(impl).backward(*inputs, holds_rows, needs_columns)
     else:
         passes = _passes(impl, logit_scale)
         *products, d_scale = chunked.backward(*inputs, kept, holds_rows, needs_columns, passes)
@@ -149,6 +151,12 @@ def _backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
 clip_loss_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _kernels(impl: str) -> ModuleType:
+    """Return the module that launches the kernels of "cuda" or "triton"."""
+    # The one needs csrc's CUDA module, the other takes its time to import.
+    return importlib.import_module(f"medfast.ops.clip.{impl}")
+
+
 def _passes(impl: str, logit_scale: Tensor) -> chunked.Passes:
     if impl == "cpu":
         from medfast.ops.clip.cpu import CpuPasses
@@ -159,7 +167,7 @@ def _passes(impl: str, logit_scale: Tensor) -> chunked.Passes:
 
 def _kept_shape(rows: Tensor, columns: Tensor, impl: str, needs_grad: bool) -> tuple[int, int]:
     """Return the shape of all logits where the backward wants them and the workspace holds them."""
-    keeps = needs_grad and impl != "triton" and tiles.fits_workspace(rows, columns)
+    keeps = needs_grad and impl not in _ON_A_GPU and tiles.fits_workspace(rows, columns)
     return (len(rows), len(columns)) if keeps else (0, 0)
 
 
