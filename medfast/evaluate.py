@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
+import os
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,12 +75,15 @@ def evaluate(plan: Plan) -> dict[str, str]:
             _evaluate_one(key, root, using, results)
         except AbsentError as error:
             missing[key] = str(error)
+        # Nor could the results of the others be kept.
+        except UnwritableError:
+            raise
         # Whatever it is, the other data sets are not to suffer from it.
         except Exception as error:
             mended = isinstance(error, UsageError)
             reason = f"{error}" if mended else f"{type(error).__name__}: {error}"
             failed[key] = " ".join(reason.split())
-            results.traceback(key).write_text(traceback.format_exc(), encoding="utf-8")
+            _replace(results.traceback(key), traceback.format_exc())
             log.error("%s failed: %s", key, failed[key])
         else:
             results.traceback(key).unlink(missing_ok=True)
@@ -87,6 +93,10 @@ def evaluate(plan: Plan) -> dict[str, str]:
     results.write_heat_map()
     log.info("the results are in %s", results.folder)
     return failed
+
+
+class UnwritableError(UsageError):
+    """A file of the results cannot be written."""
 
 
 class Results:
@@ -112,6 +122,9 @@ class Results:
         self._plan = plan
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            # Known before anything is computed.
+            if not os.access(self.folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "it is read-only")
         except OSError as error:
             raise UsageError(
                 f"--out {self.folder} cannot be written ({error.strerror}); name another folder."
@@ -142,12 +155,11 @@ class Results:
 
         row = {**found, **self._origin, "seconds": seconds}
         path = self.path(row["dataset"], row["task"])
-        beside = path.with_suffix(".part")
-        beside.unlink(missing_ok=True)
-        json_lines.append(beside, [row])
-        beside.replace(path)
+        with _beside(path) as beside:
+            json_lines.append(beside, [row])
         if "confusion" in row:
-            confusion_picture(row, path.with_suffix(".confusion.png"))
+            with _beside(path.with_suffix(".confusion.png")) as beside:
+                confusion_picture(row, beside)
 
     def read(self, key: str, task: str) -> dict[str, Any] | None:
         """Return the result of this model that is there, if it is whole."""
@@ -188,7 +200,8 @@ class Results:
         from medfast.evals.suite.pictures import heat_map
 
         if rows := self.rows():
-            heat_map(rows, self.folder / "results.png")
+            with _beside(self.folder / "results.png") as beside:
+                heat_map(rows, beside)
 
 
 def _using(plan: Plan, encoder: Encoder, results: Results) -> Using:
@@ -245,10 +258,34 @@ def _how_to_get(key: str, root: Path) -> str:
 
 
 def _replace(path: Path, words: str) -> None:
-    beside = path.with_suffix(".part")
     # Paths need not be UTF-8.
-    beside.write_text(words, encoding="utf-8", errors="backslashreplace", newline="")
-    beside.replace(path)
+    with _beside(path) as beside:
+        beside.write_text(words, encoding="utf-8", errors="backslashreplace", newline="")
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Give a file to write, which then takes the place of `path`: as a whole or not at all.
+
+    No other process has it: two may evaluate into one folder.
+
+    Raises:
+        UnwritableError: the file cannot be written.
+    """
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        # One of a process that was killed.
+        beside.unlink(missing_ok=True)
+        yield beside
+        beside.replace(path)
+    except OSError as error:
+        raise UnwritableError(
+            f"{path} cannot be written ({error.strerror or error}); what is whole stays: make room "
+            "there, and go on with --skip-existing."
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

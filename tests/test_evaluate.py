@@ -1,5 +1,6 @@
 """The command: what it leaves on disk, and what stops it or does not."""
 
+import errno
 import functools
 import re
 import shutil
@@ -265,6 +266,56 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(capsys, argv, says):
     assert lines[-1].startswith("medfast.evaluate: error: ")
     assert says in lines[-1]
     assert len(lines) == 1
+
+
+def test_two_processes_may_evaluate_into_one_folder(command, data, monkeypatch):
+    """The other one writes what this one has written but not yet put in its place."""
+    written = []
+
+    def other(path, rows):
+        real(path, rows)
+        if path.name.endswith(".part") and not written:
+            written.append(path)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(evaluate.os, "getpid", lambda: 1)
+                command(data, "--datasets", "roco")
+
+    real = json_lines.append
+    monkeypatch.setattr(json_lines, "append", other)
+    out = command(data, "--datasets", "roco")
+    assert len(written) == 1
+    assert {path.name for path in out.iterdir()} == {
+        *("roco.image_to_text.json", "roco.text_to_image.json"),
+        *("results.csv", "results.md", "results.png"),
+    }
+    assert [_read(out, cell)["dataset"] for cell in CELLS[2:4]] == ["roco", "roco"]
+
+
+def test_without_room_for_results_the_suite_stops_at_once(command, data, monkeypatch, capsys):
+    """It does not go on to compute what it could not keep."""
+    tried = []
+
+    def full(path, rows):
+        tried.append(path)
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(json_lines, "append", full)
+    assert _exit_code(command, data)[0] == 2
+    assert len(tried) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "pad_ufes_20.zero_shot.json cannot be written (No space left on device)" in said
+    assert "--skip-existing" in said
+    assert not list(tried[0].parent.iterdir())
+
+
+def test_a_read_only_folder_is_refused_before_anything_is_computed(
+    command, data, monkeypatch, capsys
+):
+    monkeypatch.setattr(evaluate.os, "access", lambda *_: False)
+    monkeypatch.setattr(tasks, "evaluate", lambda *_: pytest.fail("computed"))
+    assert _exit_code(command, data)[0] == 2
+    assert "out cannot be written (it is read-only)" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(command, data, tmp_path, capsys):
