@@ -41,8 +41,15 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     """Return the context in which the towers run, for a value of --precision."""
     if precision == "amp":
         return torch.autocast(device.type, torch.float16)
-    wanted = precision == "amp_bf16" or (precision == "auto" and has_bf16(device))
+    wanted = number_format(precision, device) == "amp_bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+
+
+def number_format(precision: str, device: torch.device) -> str:
+    """Return the value of --precision that "auto" stands for on a device; others stay."""
+    if precision != "auto":
+        return precision
+    return "amp_bf16" if has_bf16(device) else "fp32"
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -172,15 +172,20 @@ class Results:
 
     def is_kept(self, key: str, task: str) -> bool:
         """Return whether --skip-existing finds the result of a task as it is asked for now."""
+        from medfast.evals.prompts import prompt_hash, prompts
+
         row = self.read(key, task) if self._plan.skip_existing else None
+        if row is None:
+            return False
         asked = {
             "seed": self._plan.seed,
-            "prompts": self._plan.prompts,
+            "precision": self._origin["precision"],
             "finetune": self._plan.vqa_finetune,
         }
-        return row is not None and all(
-            row.get(name, value) == value for name, value in asked.items()
-        )
+        if task == "zero_shot":
+            # Names of prompts stay when their words are mended.
+            asked["prompts_sha256"] = prompt_hash(prompts(key, self._plan.prompts))
+        return all(row.get(name, value) == value for name, value in asked.items())
 
     def rows(self) -> list[dict[str, Any]]:
         """Return all results of this model, in the order of the suite."""

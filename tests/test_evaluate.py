@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from medfast import cli, evaluate, json_lines
 from medfast.data.phantom.classification import write_classification
 from medfast.data.phantom.vqa import write_vqa
+from medfast.device import number_format
 from medfast.errors import UsageError
 from medfast.evals.suite import EVALUATIONS, tasks
 from medfast.evals.vqa import Training, vqa
@@ -84,6 +86,8 @@ def test_each_kind_of_data_set_is_evaluated_and_the_others_are_missing(command, 
         assert row["model"] == "a"
         assert row["n"] > 0
         assert row["seconds"] >= 0
+        # "auto" would not tell what was computed.
+        assert row["precision"] == number_format("auto", torch.device("cpu"))
         assert row["preprocessing"]["size"] == cli.parse_train([])[0].preset.image_size
         for name in ("split", "seed", "model_sha256", "medfast", "torch", "git", "command"):
             assert name in row
@@ -144,6 +148,14 @@ def test_only_whole_results_of_the_same_question_and_model_are_kept(command, dat
     assert asked[4:] == ["linear_probe"]
     command(data, "--datasets", "pad_ufes_20")
     assert asked[5:] == ["zero_shot", "linear_probe"]
+    other = {"fp32": "amp_bf16", "amp_bf16": "fp32"}[_read(out, path.stem)["precision"]]
+    command(data, *options, "--precision", other)
+    assert asked[7:] == ["zero_shot", "linear_probe"]
+    # Prompts of one name may have had other words.
+    path = out / "pad_ufes_20.zero_shot.json"
+    path.write_text(path.read_text().replace(_read(out, path.stem)["prompts_sha256"], 64 * "0"))
+    command(data, *options, "--precision", other)
+    assert asked[9:] == ["zero_shot"]
 
 
 def test_a_data_set_that_fails_takes_down_no_other(command, own_data, monkeypatch, capsys):
@@ -225,6 +237,7 @@ def test_finetune_is_passed_on(command, data, monkeypatch):
         (["--datasets", "bch"], "--datasets 'bch' is not known. Did you mean 'bach'"),
         (["--prompts", "mine"], "--prompts 'mine' is not known"),
         (["--precision", "fp8"], "--precision 'fp8' is not known"),
+        (["--precision", "pure_bf16"], "--precision 'pure_bf16' is not known"),
         (["--device", "tpu"], "--device 'tpu' is not known"),
         (["--data", "roko:/data"], "--data 'roko' is not known. Did you mean 'roco'"),
         (["--data", "roco:/no/such"], "a folder that exists; /no/such does not"),

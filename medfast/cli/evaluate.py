@@ -14,6 +14,9 @@ from medfast.evals.prompts import CHOICES
 from medfast.evals.suite import EVALUATIONS, SUITES, folder
 from medfast.evals.suite.plan import Plan
 
+# Not "pure_bf16": the weights that are evaluated are fp32.
+_PRECISIONS = tuple(name for name in get_args(Precision) if name != "pure_bf16")
+
 
 def parse_evaluate(argv: Sequence[str] | None = None) -> Plan:
     """Return what to evaluate on which data sets.
@@ -43,7 +46,7 @@ def parse_evaluate(argv: Sequence[str] | None = None) -> Plan:
         ),
         ("--prompts", "NAME", CHOICES[0], f"Of zero-shot. One of: {', '.join(CHOICES)}."),
         ("--device", "NAME", "auto", f"One of: {', '.join(get_args(Device))}."),
-        ("--precision", "NAME", "auto", f"One of: {', '.join(get_args(Precision))}."),
+        ("--precision", "NAME", "auto", f"One of: {', '.join(_PRECISIONS)}."),
         ("--cache-dir", "DIR", TrainConfig.cache_dir, "Folder that keeps the images' features."),
     ):
         shown = "" if default is None else f" (default: {default})"
@@ -77,7 +80,7 @@ def parse_evaluate(argv: Sequence[str] | None = None) -> Plan:
         ("--suite", given.suite, SUITES),
         ("--prompts", given.prompts, CHOICES),
         ("--device", given.device, get_args(Device)),
-        ("--precision", given.precision, get_args(Precision)),
+        ("--precision", given.precision, _PRECISIONS),
         *(("--datasets", key, EVALUATIONS) for key in given.datasets or ()),
     ):
         if value not in known:
@@ -146,6 +149,7 @@ def _evaluated(
     if not any(path.exists() for path in asked.values()):
         names = ", ".join(dict.fromkeys(str(path) for path in asked.values()))
         raise UsageError(
-            f"none of the data sets is there; looked for {names}. The README says how to get them."
+            f"none of the data sets is there; looked for {names}. docs/evaluation.md says how to "
+            "get them."
         )
     return asked

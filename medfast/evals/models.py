@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medfast.data.tokens import Tokenizer, Tokens
+from medfast.device import number_format
 from medfast.errors import UsageError
 from medfast.evals.encode import Encoder
 from medfast.models.pair import Features, ImageTextModel, build_model
@@ -45,7 +46,8 @@ def load_encoder(
     Args:
         source: A local folder or checkpoint, else the name of a model on the Hugging Face hub.
         device: Where to compute.
-        precision: Number format of the towers, as for `medfast train`.
+        precision: Number format of the towers, as for `medfast train`; the encoder tells which one
+            "auto" is.
         flag: What the user gave the source by, for messages.
 
     Raises:
@@ -68,8 +70,8 @@ def load_encoder(
     # As in training: convolutions are faster.
     found.model.to(device).to(memory_format=torch.channels_last).eval()
     return Encoder(
-        *(found.model, found.tokenizer, device, precision, found.late_interaction),
-        *(found.image_size, _shown(source)),
+        *(found.model, found.tokenizer, device, number_format(precision, device)),
+        *(found.late_interaction, found.image_size, _shown(source)),
     )
 
 
