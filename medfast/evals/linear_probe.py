@@ -197,13 +197,15 @@ def linear_probe(
             length 1.
         grid: Values of C, ascending.
         fractions: Parts of the training labels, drawn by `label_subset`.
-        seeds: Seeds of the draws; a part of all labels is the same for each and fitted once.
+        seeds: Seeds of the draws and of their intervals; a part of all labels is the same for each
+            and fitted once.
         graded: As in `classification_metrics`.
         resamples: As in `classification_metrics`.
 
     Yields:
         `classification_metrics` of the test split with "fraction", "seed", "n_train", "scaling",
-        "C", "validation_accuracy", and the fit's "gradient_norm", "iterations" and "converged".
+        "C", "validation_accuracy", the fit's "gradient_norm", "iterations" and "converged", and
+        its "probabilities" of the test rows, [N, K].
 
     Raises:
         ValueError: As in `fit`, or a split without rows.
@@ -223,11 +225,11 @@ def linear_probe(
             C, accuracy, probe = _best(
                 zip(grid, path, strict=False), inputs[id(validation)], validation.labels
             )
+            probabilities = probe.probabilities(inputs[id(test)]).numpy()
             found = classification_metrics(
-                probe.probabilities(inputs[id(test)]).numpy(),
-                test.labels.numpy(),
-                test.groups,
+                *(probabilities, test.labels.numpy(), test.groups),
                 graded=graded,
+                seed=seed,
                 resamples=resamples,
             )
             yield {
@@ -240,6 +242,7 @@ def linear_probe(
                 "gradient_norm": probe.gradient_norm,
                 "iterations": probe.iterations,
                 "converged": probe.converged,
+                "probabilities": probabilities,
                 **found,
             }
 

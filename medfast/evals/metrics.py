@@ -6,7 +6,7 @@ that are all alike. A mean over classes is over those where it is defined.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -233,28 +233,13 @@ def classification_metrics(
     """
     table, own = _checked(probabilities, labels)
     N, K = table.shape
-    cells = own * K + table.argmax(1)
-    top = mean_of(recall_at(label_ranks(table, own), _TOP))
-    of_class = [auroc_of(table[:, k], own == k) for k in range(K)]
-
-    def statistic(weights: Floats) -> dict[str, Floats]:
-        confusion = _confusions(cells, weights, K)
-        aurocs = np.stack([weighted(weights) for weighted in of_class], axis=1)
-        return {
-            "accuracy": accuracy(confusion),
-            **({f"top{_TOP}_accuracy": top(weights)} if K > _TOP else {}),
-            "balanced_accuracy": balanced_accuracy(confusion),
-            "macro_f1": macro_f1(confusion),
-            "macro_auroc": _mean_of_defined(aurocs),
-            **({"quadratic_kappa": quadratic_kappa(confusion)} if graded else {}),
-        }
-
+    statistic = _of_classes(table, own, graded)
     every = np.ones((1, N))
-    confusion = _confusions(cells, every, K)[0].astype(np.int64)
+    confusion = confusion_matrix(own, table.argmax(1), K).astype(np.int64)
     metrics = {name: float(value[0]) for name, value in statistic(every).items()}
     chance = _chance(confusion.sum(1))
     columns = per_class(confusion)
-    columns["auroc"] = np.array([float(weighted(every)[0]) for weighted in of_class])
+    columns["auroc"] = np.array([auroc(table[:, k], own == k) for k in range(K)])
     return {
         "n": N,
         "classes": K,
@@ -266,6 +251,47 @@ def classification_metrics(
             for k in range(K)
         ],
         "confusion": confusion.tolist(),
+    }
+
+
+def mean_classification_metrics(
+    tables: Sequence[ArrayLike],
+    labels: ArrayLike,
+    groups: ArrayLike | None = None,
+    *,
+    graded: bool = False,
+    seed: int = 0,
+    resamples: int = 1000,
+) -> dict[str, dict[str, Any]]:
+    """Return the mean of each metric over several models on the same samples, with intervals.
+
+    Every resample asks all models of the same patients: the interval is of the mean of these
+    models, not of what another training would give.
+
+    Args:
+        tables: Probabilities of each model, each [N, K].
+        labels: As in `classification_metrics`, as is all below.
+        groups: Patient of each sample, [N].
+        graded: Adds the quadratic kappa.
+        seed: Seed of the intervals.
+        resamples: Draws of the intervals.
+
+    Returns:
+        "metrics" and "ci95", by metric.
+
+    Raises:
+        ValueError: As in `classification_metrics`.
+    """
+    statistics = [_of_classes(*_checked(table, labels), graded) for table in tables]
+
+    def mean(weights: Floats) -> dict[str, Floats]:
+        found = [statistic(weights) for statistic in statistics]
+        return {name: np.mean([own[name] for own in found], axis=0) for name in found[0]}
+
+    N = len(np.asarray(labels))
+    return {
+        "metrics": {name: float(x[0]) for name, x in mean(np.ones((1, N))).items()},
+        "ci95": bootstrap_cis(mean, N, groups, seed=seed, resamples=resamples),
     }
 
 
@@ -329,6 +355,30 @@ def multi_label_metrics(
         "ci95": bootstrap_cis(statistic, N, groups, seed=seed, resamples=resamples),
         "per_label": [{name: x[k] for name, x in rows.items()} for k in range(L)],
     }
+
+
+def _of_classes(
+    table: Floats, own: NDArray[np.int64], graded: bool
+) -> Callable[[Floats], dict[str, Floats]]:
+    """Return the function from weights to all metrics of `classification_metrics`."""
+    K = table.shape[1]
+    cells = own * K + table.argmax(1)
+    top = mean_of(recall_at(label_ranks(table, own), _TOP))
+    of_class = [auroc_of(table[:, k], own == k) for k in range(K)]
+
+    def statistic(weights: Floats) -> dict[str, Floats]:
+        confusion = _confusions(cells, weights, K)
+        aurocs = np.stack([weighted(weights) for weighted in of_class], axis=1)
+        return {
+            "accuracy": accuracy(confusion),
+            **({f"top{_TOP}_accuracy": top(weights)} if K > _TOP else {}),
+            "balanced_accuracy": balanced_accuracy(confusion),
+            "macro_f1": macro_f1(confusion),
+            "macro_auroc": _mean_of_defined(aurocs),
+            **({"quadratic_kappa": quadratic_kappa(confusion)} if graded else {}),
+        }
+
+    return statistic
 
 
 def _checked(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.int64]]:

@@ -15,6 +15,7 @@ from medfast.evals.linear_probe import (
     label_subset,
     linear_probe,
 )
+from medfast.evals.metrics import classification_metrics
 
 RNG = np.random.default_rng(0)
 N, D = 300, 12
@@ -249,6 +250,15 @@ def test_nothing_of_the_test_split_reaches_the_fit(scaling):
     joined = _rows([train, validation, both], **options)
     for a, b, c in zip(first, second, joined, strict=True):
         assert (np.array(a["confusion"]) + b["confusion"] == c["confusion"]).all()
+
+
+def test_intervals_are_drawn_by_the_seed_of_the_run():
+    splits = _splits()
+    (zero,), (one,) = (_rows(splits, fractions=(1.0,), seeds=(seed,)) for seed in (0, 1))
+    assert zero["metrics"] == one["metrics"]
+    assert zero["ci95"] != one["ci95"]
+    own = one["probabilities"], splits[2].labels.numpy()
+    assert one["ci95"] == classification_metrics(*own, seed=1, resamples=5)["ci95"]
 
 
 def test_a_split_without_rows_is_named():

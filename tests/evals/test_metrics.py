@@ -15,6 +15,7 @@ from medfast.evals.metrics import (
     label_ranks,
     macro_auroc,
     macro_f1,
+    mean_classification_metrics,
     median_of,
     median_rank,
     multi_label_metrics,
@@ -237,6 +238,29 @@ def test_unknown_labels_are_left_out():
     for name, (low, high) in found["ci95"].items():
         assert low < found["metrics"][name] < high
     assert found["chance"]["accuracy"] > 0.5
+
+
+def test_the_interval_of_a_mean_asks_all_models_of_the_same_patients():
+    """By hand: two models of which always one is right have a mean of 1/2 in every resample."""
+    right, wrong = [[0.9, 0.1], [0.2, 0.8]]
+    one = np.array([right, right, wrong, wrong])
+    found = mean_classification_metrics([one, one[::-1]], [0, 0, 0, 0])
+    assert found["metrics"]["accuracy"] == 0.5
+    assert found["ci95"]["accuracy"] == [0.5, 0.5]
+    low, high = classification_metrics(one, [0, 0, 0, 0])["ci95"]["accuracy"]
+    assert low < 0.5 < high
+
+
+def test_the_mean_of_one_model_is_its_own():
+    scores, labels = CASES["random"]
+    groups = np.arange(len(labels)) // 3
+    options = {"graded": True, "seed": 3, "resamples": 50}
+    want = classification_metrics(softmax(scores), labels, groups, **options)
+    found = mean_classification_metrics([softmax(scores)] * 2, labels, groups, **options)
+    for part in ("metrics", "ci95"):
+        assert found[part].keys() == want[part].keys()
+        for name, value in found[part].items():
+            assert value == pytest.approx(want[part][name])
 
 
 def test_multi_label_shapes_are_checked():

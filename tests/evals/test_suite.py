@@ -127,8 +127,12 @@ def test_the_probe_reports_every_share_of_the_labels(labelled, using):
     asked = [(run["fraction"], run["seed"]) for run in row["runs"]]
     assert asked == [*((0.01, s) for s in range(3)), *((0.1, s) for s in range(3)), (1.0, 0)]
     assert row["metrics"] == row["runs"][-1]["metrics"] == row["by_fraction"]["1"]
-    ten = [run["metrics"]["accuracy"] for run in row["runs"][3:6]]
-    assert row["by_fraction"]["0.1"]["accuracy"] == pytest.approx(np.mean(ten))
+    ten = row["runs"][3:6]
+    for name, mean in row["by_fraction"]["0.1"].items():
+        assert mean == pytest.approx(np.mean([run["metrics"][name] for run in ten]))
+        low, high = row["by_fraction_ci95"]["0.1"][name]
+        assert low <= mean <= high
+    assert row["by_fraction_ci95"]["1"] == row["ci95"]
     sizes = {name: len(split) for name, split in read_splits(KEY, labelled).items()}
     assert row["runs"][-1]["n_train"] == sizes["train"]
     assert row["n"] == sizes["test"]
@@ -344,6 +348,7 @@ def test_csv_has_a_line_for_each_part_and_metric():
             "linear_probe",
             0.9,
             by_fraction={"0.1": {"accuracy": 0.7}, "1": {"accuracy": 0.9}},
+            by_fraction_ci95={"0.1": {"accuracy": [0.6, 0.8]}, "1": {"accuracy": [0.0, 1.0]}},
         ),
         _row(
             "vqa_rad",
@@ -357,7 +362,7 @@ def test_csv_has_a_line_for_each_part_and_metric():
     lines = list(csv.reader(io.StringIO(results_csv(rows))))
     assert lines[0] == list(CSV_COLUMNS)
     assert [line[:4] + line[6:] for line in lines[1:]] == [
-        ["m", "bach", "linear_probe", "0.1", "accuracy", "0.7", "", "", "0.1", "yes", "0"],
+        ["m", "bach", "linear_probe", "0.1", "accuracy", "0.7", "0.6", "0.8", "0.1", "yes", "0"],
         ["m", "bach", "linear_probe", "1", "accuracy", "0.9", "0.0", "1.0", "0.1", "yes", "0"],
         ["m", "vqa_rad", "vqa", "", "accuracy", "0.5", "0.0", "1.0", "0.1", "yes", "0"],
         ["m", "vqa_rad", "vqa", "majority", "accuracy", "0.3", "", "", "0.1", "yes", "0"],

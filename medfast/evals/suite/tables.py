@@ -127,8 +127,8 @@ def _parts(row: Row) -> dict[str, tuple[Row, Row]]:
     ones are means over draws, and for VQA also its baselines.
     """
     if "by_fraction" in row:
-        shares = row["by_fraction"].items()
-        return {share: (own, row["ci95"] if share == "1" else {}) for share, own in shares}
+        ci95 = row.get("by_fraction_ci95", {})
+        return {share: (own, ci95.get(share, {})) for share, own in row["by_fraction"].items()}
     baselines = row.get("baselines", {}).items()
     return {
         "": (row["metrics"], row["ci95"]),

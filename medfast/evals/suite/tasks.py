@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from medfast.evals.cache import FeatureCache, Frozen
 from medfast.evals.encode import Encoder
 from medfast.evals.features import GlobalFeatures, LocalFeatures, Matchable
 from medfast.evals.linear_probe import Split, linear_probe
+from medfast.evals.metrics import mean_classification_metrics
 from medfast.evals.prompts import prompt_hash, prompts
 from medfast.evals.retrieval import retrieval_figures
 from medfast.evals.suite import EVALUATIONS, overlaps
@@ -156,26 +156,37 @@ def _linear_probe(key: str, splits: dict[str, LabelledSplit], using: Using) -> d
     for run in runs:
         shares.setdefault(run["fraction"], []).append(run)
     whole = runs[-1]
+    means = {
+        f"{fraction:g}": _mean_of_draws(own, parts["test"], facts(key).graded)
+        for fraction, own in shares.items()
+    }
+    told = (*_OF_A_RUN, "probabilities")
     mean_patch = using.encoder.late_interaction
     return {
         "task": "linear_probe",
         "split": "test",
-        **_named({name: x for name, x in whole.items() if name not in _OF_A_RUN}, test),
+        **_named({name: x for name, x in whole.items() if name not in told}, test),
         "metrics": whole["metrics"],
         "ci95": whole["ci95"],
         "ci95_by": _origin(test.samples),
         "features": "mean of unit patch features" if mean_patch else "unit image features",
         "runs": [{name: run[name] for name in _OF_A_RUN} for run in runs],
-        # The mean over draws of the labels.
-        "by_fraction": {
-            f"{fraction:g}": {
-                name: fmean(run["metrics"][name] for run in own) for name in whole["metrics"]
-            }
-            for fraction, own in shares.items()
-        },
+        "by_fraction": {share: mean["metrics"] for share, mean in means.items()},
+        "by_fraction_ci95": {share: mean["ci95"] for share, mean in means.items()},
         "skipped": unusable,
         "notes": list(dict.fromkeys(note for split in splits.values() for note in split.notes)),
     }
+
+
+def _mean_of_draws(runs: Sequence[dict[str, Any]], test: Split, graded: bool) -> dict[str, Any]:
+    """Return the mean over draws of the labels, and its intervals."""
+    if len(runs) == 1:
+        return runs[0]
+    return mean_classification_metrics(
+        *([run["probabilities"] for run in runs], test.labels.numpy(), test.groups),
+        graded=graded,
+        seed=runs[0]["seed"],
+    )
 
 
 def _retrieval(
