@@ -323,15 +323,41 @@ def test_means_say_over_what_where_tasks_differ():
 
 
 def test_tables_tell_what_was_skipped_what_failed_and_what_is_missing():
-    rows = [_row("roco", "image_to_text", 0.5, skipped={"test": 3}, notes=["a note"])]
+    rows = [
+        _row("roco", "image_to_text", 0.5, skipped={"test": 3}, notes=["a note"]),
+        _row("sicap", "zero_shot", 0.5, skipped={"test": 1}),
+    ]
     text = results_markdown(rows, {"bach": "bach: Get it."}, {"pcam": "It broke."})
     for line in (
         "- roco: a note.",
         "- roco: image_to_text: 3 samples could not be used.",
+        "- sicap: zero_shot: 1 sample could not be used.",
         "- bach: Get it.",
         "- pcam: It broke. The traceback is in pcam.error.txt.",
     ):
         assert line in text.splitlines()
+
+
+def test_the_table_tells_which_sets_were_asked_in_another_way():
+    rows = [
+        _row("bach", "zero_shot", 0.5, prompts="default"),
+        _row("sicap", "zero_shot", 0.5, prompts="histology4"),
+        _row("vqa_rad", "vqa", 0.5, finetune=False),
+        _row("path_vqa", "vqa", 0.5, finetune=True),
+    ]
+    text = results_markdown(rows, {}, {})
+    assert "- sicap: zero_shot: asked with the prompts histology4." in text
+    assert "- path_vqa: vqa: the towers were trained too." in text
+    assert text.count("asked with") == text.count("trained too") == 1
+
+
+def test_closed_and_open_questions_have_an_n_of_their_own():
+    n_by = {"accuracy": 1200, "accuracy_closed": 1100, "accuracy_open": 100}
+    row = _row("vqa_rad", "vqa", 0.5, n=1200, n_by=n_by)
+    row["metrics"] = dict.fromkeys(n_by, 0.5)
+    assert "| vqa_rad | 1,200 (1,100 closed, 100 open) |" in results_markdown([row], {}, {})
+    lines = csv.DictReader(io.StringIO(results_csv([row])))
+    assert {line["metric"]: int(line["n"]) for line in lines} == n_by
 
 
 def test_a_probe_that_has_not_converged_is_told():

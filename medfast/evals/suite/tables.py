@@ -82,7 +82,9 @@ def results_csv(rows: Sequence[Row]) -> str:
             for name, value in metrics.items():
                 interval = ci95.get(name, ("", ""))
                 chance = row["chance"].get(name)
-                about = (*lead, part, row["split"], row["n"], name, value)
+                # Closed and open questions are fewer than all.
+                n = row.get("n_by", {}).get(name, row["n"])
+                about = (*lead, part, row["split"], n, name, value)
                 writer.writerow([*about, *interval, chance, counts, row["seed"]])
     return file.getvalue()
 
@@ -191,11 +193,21 @@ def _line(key: str, own: Mapping[str, Row], columns: Collection[tuple[str, str, 
     cells = [
         key + (f" (as {', '.join(overlaps(key))})" if overlaps(key) else ""),
         # LC25000's zero-shot figures are of all images.
-        " / ".join(dict.fromkeys(f"{row['n']:,}" for row in own.values())),
+        " / ".join(dict.fromkeys(map(_n, own.values()))),
         _shown(metric, first["chance"].get(metric)),
         *(_cell(own[task], metric, part) if task in own else "" for task, metric, part in columns),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _n(row: Row) -> str:
+    """Return how many samples a result is of, also of each kind if it has several."""
+    kinds = ", ".join(
+        f"{n:,} {name.removeprefix('accuracy_')}"
+        for name, n in row.get("n_by", {}).items()
+        if name != "accuracy"
+    )
+    return f"{row['n']:,} ({kinds})" if kinds else f"{row['n']:,}"
 
 
 def _notes(rows: Iterable[Row]) -> list[str]:
@@ -203,8 +215,14 @@ def _notes(rows: Iterable[Row]) -> list[str]:
     notes: list[str] = []
     for row in rows:
         notes += row["notes"]
+        # Other sets of the table may have been asked in another way.
+        if row.get("prompts", "default") != "default":
+            notes.append(f"{row['task']}: asked with the prompts {row['prompts']}")
+        if row.get("finetune"):
+            notes.append(f"{row['task']}: the towers were trained too")
         if unusable := sum(row["skipped"].values()):
-            notes.append(f"{row['task']}: {unusable} samples could not be used")
+            samples = "sample" if unusable == 1 else "samples"
+            notes.append(f"{row['task']}: {unusable} {samples} could not be used")
         if not all(run["converged"] for run in row.get("runs", [])):
             notes.append("a fit of the probe has not converged")
     return list(dict.fromkeys(notes))
