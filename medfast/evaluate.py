@@ -133,7 +133,10 @@ class Results:
         # What every row says of the model, and of the code and the command.
         self._origin = {
             "model": encoder.name,
+            "pretrained": plan.source,
             "model_sha256": self.model_sha256,
+            # Of the prompts, the captions and the questions.
+            "language": "en",
             "suite": plan.suite,
             "preprocessing": encoder.preprocessing,
             "precision": encoder.precision,
@@ -151,24 +154,27 @@ class Results:
 
     def add(self, found: Mapping[str, Any], seconds: float) -> None:
         """Write one result, as a whole or not at all."""
+        from medfast.evals.suite.clip_benchmark import with_names
         from medfast.evals.suite.pictures import confusion_picture
 
         row = {**found, **self._origin, "seconds": seconds}
         path = self.path(row["dataset"], row["task"])
         with _beside(path) as beside:
-            json_lines.append(beside, [row])
+            json_lines.append(beside, [with_names(row)])
         if "confusion" in row:
             with _beside(path.with_suffix(".confusion.png")) as beside:
                 confusion_picture(row, beside)
 
     def read(self, key: str, task: str) -> dict[str, Any] | None:
         """Return the result of this model that is there, if it is whole."""
+        from medfast.evals.suite.clip_benchmark import without_names
+
         try:
             rows = json_lines.read(self.path(key, task))
         except UsageError:
             return None
         row = rows[0] if rows else {}
-        return row if row.get("model_sha256") == self.model_sha256 else None
+        return without_names(row) if row.get("model_sha256") == self.model_sha256 else None
 
     def is_kept(self, key: str, task: str) -> bool:
         """Return whether --skip-existing finds the result of a task as it is asked for now."""

@@ -11,6 +11,7 @@ from medfast import cli, json_lines
 from medfast.errors import UsageError
 from medfast.evals import compare as side_by_side
 from medfast.evals.compare import Request
+from medfast.evals.suite.clip_benchmark import without_names
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -113,7 +114,11 @@ def _rows(file: Path) -> list[dict[str, Any]]:
                 f"{file} is damaged ({error}); delete it, and evaluate again."
             ) from None
     rows = found if isinstance(found, list) else [found]
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("metrics"), dict)]
+    return [
+        without_names(row)
+        for row in rows
+        if isinstance(row, dict) and isinstance(row.get("metrics"), dict)
+    ]
 
 
 def _put(path: Path, words: str) -> None:

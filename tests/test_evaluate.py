@@ -16,7 +16,9 @@ from medfast.data.phantom.vqa import write_vqa
 from medfast.device import number_format
 from medfast.errors import UsageError
 from medfast.evals.suite import EVALUATIONS, tasks
+from medfast.evals.suite.clip_benchmark import without_names
 from medfast.evals.vqa import Training, vqa
+from medfast.results import read_runs
 
 KEYS = ("pad_ufes_20", "roco", "vqa_rad")
 CELLS = (
@@ -61,7 +63,7 @@ def command(short_run, tmp_path):
 
 def _read(out, cell):
     (row,) = json_lines.read(out / f"{cell}.json")
-    return row
+    return without_names(row)
 
 
 def _exit_code(function, *arguments):
@@ -104,6 +106,27 @@ def test_each_kind_of_data_set_is_evaluated_and_the_others_are_missing(command, 
         with Image.open(out / name) as image:
             image.load()
     assert not list(out.glob("*.part"))
+
+
+def test_clip_benchmark_finds_its_keys_and_each_number_is_counted_once(command, data):
+    out = command(data, "--datasets", "pad_ufes_20", "roco")
+    for cell, name, own in (
+        ("pad_ufes_20.zero_shot", "acc1", "accuracy"),
+        ("pad_ufes_20.zero_shot", "acc5", "top5_accuracy"),
+        ("pad_ufes_20.linear_probe", "lp_mean_per_class_recall", "balanced_accuracy"),
+        ("roco.image_to_text", "text_retrieval_recall@5", "R@5"),
+        ("roco.text_to_image", "image_retrieval_recall@200", "R@200"),
+    ):
+        (row,) = json_lines.read(out / f"{cell}.json")
+        assert row["metrics"][name] == row["metrics"][own]
+        # What its `build` asks of a file.
+        assert (row["model"] + " " + row["pretrained"]).startswith("a ")
+        assert row["language"] == "en"
+        assert "acc1" not in (out / "results.csv").read_text()
+    (runs,) = read_runs([out]).values()
+    names = [name for row in runs for name in row["metrics"]]
+    assert {"accuracy", "R@5"} <= set(names)
+    assert not [name for name in names if "acc1" in name or "retrieval" in name]
 
 
 def test_an_interrupted_suite_goes_on_where_it_was(command, data, monkeypatch):

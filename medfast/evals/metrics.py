@@ -15,6 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from medfast.evals.bootstrap import bootstrap_cis
 
 KS = (1, 5, 10)
+DEEP_KS = (1, 5, 10, 50, 200)
+"""Where the suite cuts the ranking."""
 
 Floats = NDArray[np.float64]
 # Takes weights of the samples, [R, N], and returns the value for each row of weights, [R].

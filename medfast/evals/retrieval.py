@@ -14,11 +14,8 @@ from torch import Tensor
 from medfast.evals.bootstrap import bootstrap_ci, bootstrap_cis
 from medfast.evals.encode import Embeddings
 from medfast.evals.features import GlobalFeatures, LocalFeatures, Matchable
-from medfast.evals.metrics import KS, Floats, mean_of, median_of, recall_at
+from medfast.evals.metrics import DEEP_KS, KS, Floats, mean_of, median_of, recall_at
 from medfast.ops import filip_scores, retrieval_rank
-
-DEEP_KS = (1, 5, 10, 50, 200)
-"""Where the suite cuts the ranking."""
 
 # Scores of pairs, which are 1 at most, that another order of sums may tell apart from equal ones.
 _NEAR = 1e-4
