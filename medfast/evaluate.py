@@ -135,6 +135,7 @@ class Results:
             "model": encoder.name,
             "pretrained": plan.source,
             "model_sha256": self.model_sha256,
+            "library": encoder.library,
             # Of the prompts, the captions and the questions.
             "language": "en",
             "suite": plan.suite,

@@ -61,6 +61,7 @@ class Encoder:
         late_interaction: Give features of patches and words, instead of global ones.
         image_size: Side of its square input in pixels, where `load_encoder` tells it.
         name: What tables call it, likewise.
+        library: The other library that it is a model of, with its version; "" for medfast's own.
     """
 
     model: ImageTextModel | LibraryModel
@@ -70,6 +71,7 @@ class Encoder:
     late_interaction: bool = False
     image_size: int = 0
     name: str = ""
+    library: str = ""
 
     @property
     def preprocessing(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +73,7 @@ def load_encoder(
     return Encoder(
         *(found.model, found.tokenizer, device, number_format(precision, device)),
         *(found.late_interaction, found.image_size, _shown(source)),
+        library=f"{found.package} {version(found.package)}" if found.package else "",
     )
 
 
@@ -80,6 +82,7 @@ class _Found(NamedTuple):
     tokenizer: Tokenizer
     image_size: int
     late_interaction: bool = False
+    package: str = ""
 
 
 def _shown(source: str) -> str:
@@ -244,7 +247,8 @@ def _open_clip(weights: Weights, source: str, name: str) -> _Found:
         model.logit_scale,
     )
     model.text.output_tokens = True
-    return _Found(pair, OpenClipTokenizer(library, length, trim=has_mask), size)
+    tokenizer = OpenClipTokenizer(library, length, trim=has_mask)
+    return _Found(pair, tokenizer, size, package="open_clip_torch")
 
 
 def _open_clip_image(visual: Any) -> _ReadImage:
@@ -361,8 +365,8 @@ def _transformers(weights: Weights, source: str, name: str) -> _Found:
             "config.json."
         )
     try:
-        config = AutoConfig.for_model(**settings)
         with _quiet_transformers():
+            config = AutoConfig.for_model(**settings)
             kind_of_model: Any = MODEL_MAPPING[type(config)]
             model, report = kind_of_model.from_pretrained(
                 None, config=config, state_dict=weights.tensors, output_loading_info=True
@@ -391,7 +395,8 @@ def _transformers(weights: Weights, source: str, name: str) -> _Found:
         ),
         model.logit_scale,
     )
-    return _Found(pair, tokenizer, _square(config.vision_config.image_size, name))
+    size = _square(config.vision_config.image_size, name)
+    return _Found(pair, tokenizer, size, package="transformers")
 
 
 def _projection(model: Any, side: str) -> nn.Module:

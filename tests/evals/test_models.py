@@ -158,6 +158,7 @@ def test_a_model_of_open_clip_gives_open_clips_embeddings(tmp_path, tokenizer, n
     _assert_same(encoder, image, text)
     assert encoder.model.logit_scale.item() == own.logit_scale.item()
     assert encoder.name == tmp_path.name
+    assert encoder.library == f"open_clip_torch {open_clip.__version__}"
     assert encoder.preprocessing["mean"] == pytest.approx(MEAN)
     assert encoder.preprocessing["size"] == encoder.image_size
     if name != "siglip":  # its padding is not told from what it pads, nor does it need to be
@@ -277,6 +278,7 @@ def test_a_model_of_transformers_gives_its_embeddings(tmp_path, tokenizer, build
     assert encoder.image_size == 32
     assert encoder.model.logit_scale.item() == own.logit_scale.item()
     assert encoder.preprocessing["std"] == pytest.approx(STD)
+    assert encoder.library == f"transformers {transformers.__version__}"
     _assert_parts(encoder, 4, WIDTH)
 
 
