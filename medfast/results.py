@@ -32,13 +32,13 @@ def compare(request: Request) -> str:
     runs = read_runs(request.sources)
     try:
         every = side_by_side.compare(runs)
+        some = every.only(request.metrics)
+        table = side_by_side.markdown(some)
     except (AttributeError, TypeError, ValueError) as error:
         raise UsageError(
             f"the results of {', '.join(runs)} are not as medfast writes them ({error}); evaluate "
             "again, or leave out the files of other programs."
         ) from None
-    some = every.only(request.metrics)
-    table = side_by_side.markdown(some)
     if request.csv is not None:
         _write(request.csv, "--csv", lambda path: _put(path, side_by_side.csv_text(every)))
     if request.markdown is not None:

@@ -233,8 +233,9 @@ def test_mistakes_are_told_in_a_sentence(runs, tmp_path, capsys):
         (a / "evaluations" / "bach.zero_shot.json").write_text(text)
         assert "bach.zero_shot.json is damaged" in _refused(capsys, a)
     other = tmp_path / "other.json"
-    other.write_text(json.dumps({"metrics": {"x": 1}, "ci95": {"x": [1, 2, 3]}}))
-    assert "not as medfast writes them" in _refused(capsys, other)
+    for strange in ({"ci95": {"x": [1, 2, 3]}}, {"n": [3]}):
+        other.write_text(json.dumps({"metrics": {"x": 1}, **strange}))
+        assert "not as medfast writes them" in _refused(capsys, other)
 
 
 def test_a_finished_run_is_read(short_run, capsys):
