@@ -103,8 +103,8 @@ class Results:
     """The folder of results.
 
     It gets one JSON for each data set and task, a picture of the confusions of each classification,
-    `results.csv`, `results.md` and `results.png`, `skipped.jsonl`, and, for a data set that fails,
-    its traceback.
+    `results.csv`, `classes.csv`, `results.md` and `results.png`, `skipped.jsonl`, and, for a data
+    set that fails, its traceback.
 
     Args:
         plan: Where, and what is asked.
@@ -200,11 +200,12 @@ class Results:
         return [row for row in found if row is not None]
 
     def write_tables(self, missing: Mapping[str, str], failed: Mapping[str, str]) -> None:
-        """Write `results.csv` and `results.md` anew."""
-        from medfast.evals.suite.tables import results_csv, results_markdown
+        """Write `results.csv`, `classes.csv` and `results.md` anew."""
+        from medfast.evals.suite.tables import classes_csv, results_csv, results_markdown
 
         rows = self.rows()
         _replace(self.folder / "results.csv", results_csv(rows))
+        _replace(self.folder / "classes.csv", classes_csv(rows))
         _replace(self.folder / "results.md", results_markdown(rows, missing, failed))
 
     def write_heat_map(self) -> None:

@@ -322,7 +322,7 @@ def test_two_processes_may_evaluate_into_one_folder(command, data, monkeypatch):
     assert len(written) == 1
     assert {path.name for path in out.iterdir()} == {
         *("roco.image_to_text.json", "roco.text_to_image.json"),
-        *("results.csv", "results.md", "results.png"),
+        *("results.csv", "classes.csv", "results.md", "results.png"),
     }
     assert [_read(out, cell)["dataset"] for cell in CELLS[2:4]] == ["roco", "roco"]
 

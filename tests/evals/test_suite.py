@@ -24,7 +24,13 @@ from medfast.evals.models import load_encoder
 from medfast.evals.prompts import prompt_hash, prompts
 from medfast.evals.suite import EVALUATIONS, TASKS, about, cells, folder, overlaps, tasks
 from medfast.evals.suite.pictures import confusion_picture, heat_map
-from medfast.evals.suite.tables import CSV_COLUMNS, in_means, results_csv, results_markdown
+from medfast.evals.suite.tables import (
+    CSV_COLUMNS,
+    classes_csv,
+    in_means,
+    results_csv,
+    results_markdown,
+)
 from medfast.evals.zero_shot import zero_shot_metrics
 
 CPU = torch.device("cpu")
@@ -394,6 +400,19 @@ def test_csv_has_a_line_for_each_part_and_metric():
         ["m", "vqa_rad", "vqa", "majority", "accuracy", "0.3", "", "", "0.1", "yes", "0"],
         ["m", "pathmnist", "zero_shot", "", "accuracy", "", "0.0", "1.0", "0.1", "no", "0"],
         ["m", "nct_crc", "zero_shot", "", "accuracy", "0.2", "0.0", "1.0", "0.1", "yes", "0"],
+    ]
+
+
+def test_every_class_has_a_line():
+    of_class = [
+        {"class": "a, b", "n": 3, "precision": None, "recall": 0.0, "f1": 0.0, "auroc": 0.5},
+        {"class": "c", "n": 1, "precision": 0.25, "recall": 1.0, "f1": 0.4, "auroc": 0.75},
+    ]
+    rows = [_row("bach", "zero_shot", 0.5, per_class=of_class), _row("roco", "image_to_text", 0.5)]
+    assert list(csv.reader(io.StringIO(classes_csv(rows)))) == [
+        ["model", "dataset", "task", "split", "class", "n", "precision", "recall", "f1", "auroc"],
+        ["m", "bach", "zero_shot", "test", "a, b", "3", "", "0.0", "0.0", "0.5"],
+        ["m", "bach", "zero_shot", "test", "c", "1", "0.25", "1.0", "0.4", "0.75"],
     ]
 
 

@@ -22,7 +22,8 @@ _ORGANS = {"lung": 0, "colon": 1}
 _LABELS = {"benign": 0, "adenocarcinomas": 1, "squamous carcinomas": 2}
 _NOTE = (
     "its 25,000 images are augmentations of 1,250 originals, so that a linear probe is tested on "
-    "images that it was trained on, turned and flipped"
+    "images that it was trained on, turned and flipped, and intervals, which are over images, are "
+    "too narrow"
 )
 
 

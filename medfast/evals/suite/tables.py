@@ -18,6 +18,11 @@ CSV_COLUMNS = (
     *("ci95_low", "ci95_high", "chance", "in_means", "seed"),
 )
 
+CLASSES_CSV_COLUMNS = (
+    *("model", "dataset", "task", "split", "class"),
+    *("n", "precision", "recall", "f1", "auroc"),
+)
+
 # Column of a table -> task, metric and part of the result, as `_parts` names them.
 _COLUMNS: dict[Kind, dict[str, tuple[str, str, str]]] = {
     "classification": {
@@ -86,6 +91,16 @@ def results_csv(rows: Sequence[Row]) -> str:
                 n = row.get("n_by", {}).get(name, row["n"])
                 about = (*lead, part, row["split"], n, name, value)
                 writer.writerow([*about, *interval, chance, counts, row["seed"]])
+    return file.getvalue()
+
+
+def classes_csv(rows: Sequence[Row]) -> str:
+    """Return one line for each classification and class; what is undefined is empty."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, CLASSES_CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerows({**row, **of_class} for of_class in row.get("per_class", ()))
     return file.getvalue()
 
 
