@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from medfast.evals.bootstrap import bootstrap_ci, bootstrap_cis
@@ -49,6 +49,7 @@ def retrieval_figures(
     embeddings: Embeddings,
     captions: Sequence[Hashable],
     images: Sequence[Hashable] | None = None,
+    groups: ArrayLike | None = None,
     *,
     seed: int = 0,
     resamples: int = 1000,
@@ -69,11 +70,12 @@ def retrieval_figures(
         embeddings: Of N pairs.
         captions: Of each pair, equal where texts are.
         images: Of each pair, such as a hash, equal where pictures are; None: all differ.
+        groups: Patient of each pair, [N], whom the intervals draw; None: the study.
         seed: Of the intervals.
         resamples: Draws of the intervals.
 
     Returns:
-        "n" and "gallery", both N; "metrics", "chance" and "ci95" (by study), each with
+        "n" and "gallery", both N; "metrics", "chance" and "ci95", each with
         "DIRECTION_R@K" for K of `DEEP_KS` and "DIRECTION_median_rank" (1 is the best), and with
         "DIRECTION_all_positives_R@K" and so on; "positives", by direction how many a query has on
         average. Directions are "image_to_text" and "text_to_image".
@@ -110,13 +112,13 @@ def retrieval_figures(
     def statistic(weights: Floats) -> dict[str, Floats]:
         return {name: value(weights) for name, value in values.items()}
 
-    groups = embeddings.group.numpy()
+    drawn = embeddings.group.numpy() if groups is None else groups
     return {
         "n": n,
         "gallery": n,
         "metrics": {name: float(x[0]) for name, x in statistic(np.ones((1, n))).items()},
         "chance": chance,
-        "ci95": bootstrap_cis(statistic, n, groups, seed=seed, resamples=resamples),
+        "ci95": bootstrap_cis(statistic, n, drawn, seed=seed, resamples=resamples),
         "positives": {
             name: positives[f"{name}_all_positives"].double().mean().item() for name in names
         },

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from medfast.evals.bootstrap import bootstrap_ci
 from medfast.evals.encode import Embeddings
 from medfast.evals.features import GlobalFeatures, LocalFeatures
 from medfast.evals.retrieval import DEEP_KS, retrieval, retrieval_figures
@@ -145,6 +146,21 @@ def test_all_positives_are_those_of_the_definition(seed):
         want = float(np.median(ranks + 1))
         assert found["metrics"][f"{name}_all_positives_median_rank"] == want
         assert found["positives"][name] == pytest.approx(right.sum(1).double().mean().item())
+
+
+def test_intervals_draw_patients_where_they_are_told():
+    # Of the first patient every image finds its caption, of the second none does.
+    hits, patients = np.repeat([1.0, 0.0], 10), np.repeat(["a", "b"], 10)
+    embeddings = _embeddings(torch.diag(torch.tensor(hits, dtype=torch.float32)), range(20))
+    options = {"seed": 2, "resamples": 60}
+    found, by_study = (
+        retrieval_figures(embeddings, range(20), None, groups, **options)
+        for groups in (patients, None)
+    )
+    name = "image_to_text_R@1"
+    assert found["metrics"] == by_study["metrics"]
+    assert found["ci95"][name] == bootstrap_ci(hits, patients, **options) == [0, 1]
+    assert by_study["ci95"][name] == bootstrap_ci(hits, **options) != [0, 1]
 
 
 def test_equal_texts_that_were_rounded_in_another_way_are_equal():

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from medfast import json_lines
+from medfast.data import read_split
 from medfast.data.classification import read, read_splits
 from medfast.data.loader import Loader
+from medfast.data.phantom import write_phantom
 from medfast.data.phantom.classification import write_classification
 from medfast.data.skipped import SkippedSamples
 from medfast.data.sources import AbsentError
@@ -201,6 +203,23 @@ def test_a_broken_image_is_skipped_counted_and_listed(labelled, using, tmp_path)
         for task, row in rows.items():
             assert row["n"] == whole[task]["n"] - 1
         assert [row["path"] for row in json_lines.read(tmp_path / name)] == [str(broken)]
+
+
+def test_retrieval_intervals_are_over_patients_or_else_studies(using, tmp_path, monkeypatch):
+    drawn = []
+    real = tasks.retrieval_figures
+
+    def figures(embeddings, captions, images, groups, **options):
+        drawn.append(groups)
+        return real(embeddings, captions, images, groups, **options)
+
+    monkeypatch.setattr(tasks, "retrieval_figures", figures)
+    for key, kind in (("mimic_cxr", "patient"), ("roco", "study")):
+        root = write_phantom(tmp_path / key, layout=key, pairs=60)
+        (row,) = tasks.evaluate(key, root, ["image_to_text"], using)
+        assert row["ci95_by"] == kind
+        records = read_split(key, root, "test").records
+        assert drawn[-1] == [record.origin or f"study {record.study}" for record in records]
 
 
 def test_who_has_the_test_images_alone_gets_zero_shot_figures(using, tmp_path):

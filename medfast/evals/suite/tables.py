@@ -119,8 +119,8 @@ def results_markdown(
         f"# {title}",
         "",
         "Values are in percent (ranks from 1), with 95 % bootstrap intervals: over patients, "
-        "lesions, slides or studies where they are known. Chance is that of the first metric. Sets "
-        "with the same images are marked, and means count one of them.",
+        "lesions, slides, studies or articles where they are known. Chance is that of the first "
+        "metric. Sets with the same images are marked, and means count one of them.",
     ]
     for kind in _COLUMNS:
         own = [row for row in rows if EVALUATIONS[row["dataset"]] == kind]

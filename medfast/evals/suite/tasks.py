@@ -16,7 +16,7 @@ from medfast.data import read_split
 from medfast.data.classification import facts, read, read_splits
 from medfast.data.classification.labelled import LabelledSplit
 from medfast.data.loader import Batch, Loader
-from medfast.data.records import Record, group_ids
+from medfast.data.records import Record, group_ids, study_or_key
 from medfast.data.skipped import Skipped, SkippedSamples
 from medfast.data.vqa import read_questions
 from medfast.errors import UsageError
@@ -197,19 +197,23 @@ def _retrieval(
     loader = _ShownLoader(found.records, using, f"{key}, pairs")
     embeddings = using.encoder.pairs(loader, using.skipped)
     pairs = [found.records[at] for at in embeddings.index.tolist()]
+    # Studies of one patient, or figures of one article, are not independent either.
+    groups = [pair.origin or study_or_key(pair) for pair in pairs]
     result = retrieval_figures(
         embeddings,
         [pair.caption for pair in pairs],
         [pair.place for pair in pairs],
+        groups,
         seed=using.seed,
     )
+    kinds = {group.partition(" ")[0] for group in groups}
     unusable = len(found.skipped) + len(found.records) - len(embeddings.index)
     for task in tasks:
         yield {
             "task": task,
             "split": "test",
             **_direction(result, task),
-            "ci95_by": "study" if any(r.study is not None for r in found.records) else "pair",
+            "ci95_by": " or ".join(sorted("pair" if kind == "key" else kind for kind in kinds)),
             "skipped": {"test": unusable},
             "notes": ["the split is the one that upstream calls val"] if key == "quilt" else [],
         }
