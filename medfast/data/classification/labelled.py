@@ -189,6 +189,7 @@ def labelled_split(
 
     Raises:
         AbsentError: the split holds no image.
+        UsageError: it holds none that can be used.
     """
     skipped = [
         bad
@@ -213,11 +214,13 @@ def labelled_split(
                 if isinstance(label, int)
                 else [int(index in classes) for index in kept]
             )
+    if not records and skipped:
+        raise UsageError(
+            f"{what} holds no {split} image; what it holds cannot be used, as {skipped[0].key}: "
+            f"{skipped[0].reason}."
+        )
     if not records:
-        why = "."
-        if skipped:
-            why = f"; what it holds cannot be used, as {skipped[0].key}: {skipped[0].reason}."
-        raise AbsentError(f"{what} holds no {split} image{why}")
+        raise AbsentError(f"{what} holds no {split} image.")
     dropped = (f"without the class {name}" for name in without)
     return LabelledSplit(
         LabelledRecords(records),

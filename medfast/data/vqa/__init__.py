@@ -49,7 +49,9 @@ def read_questions(key: str, root: Path) -> QuestionSplits:
         root: Its folder.
 
     Raises:
-        UsageError: the key is not known, a file is missing or damaged, or a split has no question.
+        AbsentError: a file is missing, or a split has no question.
+        UsageError: the key is not known, or a file is damaged, or no question of a split can be
+            used.
     """
     if key not in VQA:
         raise UsageError(unknown_name("VQA data set", key, VQA))
@@ -72,11 +74,13 @@ def read_questions(key: str, root: Path) -> QuestionSplits:
     trained = {question.origin for question in train}
     chosen = [question for question in validation if question.origin not in trained]
     for split, own in (("train", train), ("validation", chosen), ("test", test)):
-        if not own:
-            why = f" The first of {len(skipped)} bad rows: {skipped[0].reason}." if skipped else ""
-            raise AbsentError(
-                f"{key}: {root} holds no {split} question.{why} Get a whole copy of it."
+        if not own and skipped:
+            raise UsageError(
+                f"{key}: {root} holds no {split} question. The first of {len(skipped)} bad rows: "
+                f"{skipped[0].reason}. Get a whole copy of it."
             )
+        if not own:
+            raise AbsentError(f"{key}: {root} holds no {split} question. Get a whole copy of it.")
     notes = [module.CLOSED + "."]
     if skipped:
         notes.append(f"{len(skipped)} rows of the data set could not be used.")

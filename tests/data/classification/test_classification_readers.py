@@ -14,6 +14,7 @@ from pyarrow import parquet
 
 from medfast.data.classification import read, read_splits
 from medfast.data.decode import decode
+from medfast.data.sources import AbsentError
 from medfast.errors import UsageError
 
 
@@ -235,7 +236,13 @@ def test_a_missing_column_is_named(tmp_path):
 
 def test_a_set_of_nothing_but_bad_rows_says_why(tmp_path):
     _table(tmp_path / "metadata.csv", "img_id,patient_id,diagnostic", "a.png,P,xyz")
-    with pytest.raises(UsageError, match=r"holds no test image; .* as a\.png: its label must be"):
+    said = r"holds no test image; .* as a\.png: its label must be"
+    with pytest.raises(UsageError, match=said) as bad:
+        read("pad_ufes_20", tmp_path, "test")
+    # It is there: a suite must not take it for one that still has to be got.
+    assert not isinstance(bad.value, AbsentError)
+    _table(tmp_path / "metadata.csv", "img_id,patient_id,diagnostic")
+    with pytest.raises(AbsentError, match=r"holds no test image\."):
         read("pad_ufes_20", tmp_path, "test")
 
 

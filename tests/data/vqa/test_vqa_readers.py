@@ -286,7 +286,13 @@ def test_a_missing_set_says_how_to_get_it(tmp_path, key):
 def test_a_split_without_questions_is_named(own):
     folder = own("path_vqa")
     (folder / "qas/val/val_qa.pkl").write_bytes(pickle.dumps([{"image": "a"}]))
-    with pytest.raises(AbsentError, match=r"no validation question\. The first of 1 bad rows"):
+    with pytest.raises(
+        UsageError, match=r"no validation question\. The first of 1 bad rows"
+    ) as bad:
+        _read("path_vqa", folder)
+    assert not isinstance(bad.value, AbsentError)
+    (folder / "qas/val/val_qa.pkl").write_bytes(pickle.dumps([]))
+    with pytest.raises(AbsentError, match=r"no validation question\. Get"):
         _read("path_vqa", folder)
 
 
