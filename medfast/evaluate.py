@@ -160,11 +160,12 @@ class Results:
 
         row = {**found, **self._origin, "seconds": seconds}
         path = self.path(row["dataset"], row["task"])
-        with _beside(path) as beside:
-            json_lines.append(beside, [with_names(row)])
+        # The result last: what --skip-existing keeps has its picture.
         if "confusion" in row:
             with _beside(path.with_suffix(".confusion.png")) as beside:
                 confusion_picture(row, beside)
+        with _beside(path) as beside:
+            json_lines.append(beside, [with_names(row)])
 
     def read(self, key: str, task: str) -> dict[str, Any] | None:
         """Return the result of this model that is there, if it is whole."""
