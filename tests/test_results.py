@@ -143,7 +143,7 @@ def test_of_ranks_and_losses_the_least_is_the_best():
     assert _best((9, 8, 12), (3, 2, 4), metric="loss") == "1"
 
 
-@pytest.mark.parametrize("change", [{"n": 199}, {"prompts_sha256": "other"}])
+@pytest.mark.parametrize("change", [{"n": 199}, {"prompts_sha256": "other"}, {"finetune": True}])
 def test_runs_that_were_asked_other_things_are_marked_and_not_compared(change):
     rows = [_row("d", 0.7, 0.65, 0.75), _row("d", 0.5, 0.45, 0.55)]
     assert "**" in markdown(compare({"a": rows[:1], "b": rows[1:]}))
@@ -183,11 +183,23 @@ def test_metrics_are_the_main_ones_all_or_those_named():
 
 def test_smaller_shares_of_labels_are_evaluations_of_their_own():
     row = _row("bach", 0.8, 0.7, 0.9, "linear_probe")
-    row["by_fraction"] = {"0.01": {"accuracy": 0.3}, "1": {"accuracy": 0.8}}
+    row["by_fraction"] = {"0.01": {"accuracy": 0.3}, "0.1": {"accuracy": 0.5}}
+    row["by_fraction_ci95"] = {"0.1": {"accuracy": [0.4, 0.6]}}
+    row["by_fraction"]["1"] = {"accuracy": 0.8}
     shown = markdown(compare({"a": [row]})).replace("\u00a0", " ")
     assert "| bach linear probe accuracy | 200 | 25.0 % | 80.0 % (70.0 to 90.0 %) |" in shown
     assert "| bach linear probe 1 % of labels accuracy | 200 | 25.0 % | 30.0 % |" in shown
+    ten = "| bach linear probe 10 % of labels accuracy | 200 | 25.0 % | 50.0 % (40.0 to 60.0 %) |"
+    assert ten in shown
     assert shown.count("80.0 %") == 1
+
+
+def test_closed_and_open_questions_have_an_n_of_their_own():
+    row = _row("vqa_rad", 0.5, 0.4, 0.6, "vqa")
+    row["metrics"]["accuracy_open"] = 0.25
+    row["n_by"] = {"accuracy": 200, "accuracy_open": 77}
+    values = compare({"a": [row]}).values
+    assert {m.metric: of_run["a"].n for m, of_run in values.items()} == row["n_by"]
 
 
 def test_undefined_values_are_dashes():

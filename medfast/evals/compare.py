@@ -32,7 +32,8 @@ _RULE = (
     "Intervals are over samples of the data set, not over trainings."
 )
 _UNLIKE = (
-    "† The runs were not asked alike: the number of samples or the prompts differ, so none is bold."
+    "† The runs were not asked alike: the number of samples or the prompts differ, or towers were "
+    "trained for the questions, so none is bold."
 )
 
 
@@ -169,19 +170,21 @@ def compare(rows: Mapping[str, Iterable[Row]]) -> Comparison:
 def _values(row: Row) -> Iterator[tuple[Measure, Value]]:
     about = [str(row.get(key) or "") for key in ("dataset", "task", "name", "split")]
     chances, intervals, n = row.get("chance") or {}, row.get("ci95") or {}, row.get("n")
-    asked = n, row.get("prompts_sha256")
-    for metric, value in row["metrics"].items():
-        low, high = map(number, intervals.get(metric) or (None, None))
-        chance = number(chances.get(metric))
-        yield Measure._make([*about, metric]), Value(number(value), low, high, chance, asked, n)
-    # Smaller shares of the training labels: means over draws, without an interval.
+    # Closed and open questions are fewer than all.
+    sizes = row.get("n_by") or {}
+    asked = n, row.get("prompts_sha256"), row.get("finetune")
+    parts = [(about, row["metrics"], intervals)]
+    # Smaller shares of the training labels: means over draws.
     for share, metrics in (row.get("by_fraction") or {}).items():
         if float(share) < 1:
-            about[2] = f"{100 * float(share):g} % of labels"
-            for metric, value in metrics.items():
-                chance = number(chances.get(metric))
-                of_share = Value(number(value), math.nan, math.nan, chance, asked, n)
-                yield Measure._make([*about, metric]), of_share
+            named = [*about[:2], f"{100 * float(share):g} % of labels", about[3]]
+            parts.append((named, metrics, (row.get("by_fraction_ci95") or {}).get(share) or {}))
+    for own, metrics, ci95 in parts:
+        for metric, value in metrics.items():
+            low, high = map(number, ci95.get(metric) or (None, None))
+            chance = number(chances.get(metric))
+            found = Value(number(value), low, high, chance, asked, sizes.get(metric, n))
+            yield Measure._make([*own, metric]), found
 
 
 def markdown(comparison: Comparison) -> str:
