@@ -405,7 +405,9 @@ def test_the_suite_gives_the_folder_the_figures_of_the_run(short_run, phantom, e
     (tmp_path / "sets" / "roco").symlink_to(phantom)
     common = ["--data-root", str(tmp_path / "sets"), "--workers", "0", "--device", "cpu"]
     common += ["--precision", "fp32", "--cache-dir", str(tmp_path / "cache")]
-    for which in (["--checkpoint", str(short_run)], ["--model", str(export(short_run))]):
+    # Wherever it was moved to since.
+    moved = export(short_run).rename(tmp_path / "moved")
+    for which in (["--checkpoint", str(short_run)], ["--model", str(moved)]):
         evaluate.main([*which, *common, "--out", str(tmp_path / which[0])])
     for task in ("image_to_text", "text_to_image"):
         (run,), (folder,) = (

@@ -220,6 +220,9 @@ def _open_clip(weights: Weights, source: str, name: str) -> _Found:
         vision["timm_model_pretrained"] = text["hf_model_pretrained"] = False
         if text.get("hf_model_name") and folder and "model_type" in (weights.config or {}):
             text["hf_model_name"] = str(folder)
+        # Where timm is told to look for the shape is the source itself, wherever it lies by now.
+        if ":" in str(vision.get("timm_model_name")) and "architecture" in (weights.config or {}):
+            vision["timm_model_name"] = f"local-dir:{folder}"
         # CLIP and CustomTextCLIP are one function; this one has a text tower of its own.
         model = CustomTextCLIP(**settings)
         library, length = _library_tokenizer(text, folder)
