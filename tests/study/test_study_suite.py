@@ -9,9 +9,9 @@ import pytest
 from study_runs import Process, study_of, write_evaluation, write_run
 
 from medfast import cli, evaluate, train
-from medfast.data.phantom import suite as phantom_suite
 from medfast.data.phantom.classification import write_classification
 from medfast.evals.suite import EVALUATIONS, folder
+from medfast.evals.suite import phantom as phantom_suite
 from medfast.study import __main__ as study_command
 from medfast.study import execute
 from medfast.study.plan import PRETRAINING, Run
