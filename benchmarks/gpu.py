@@ -70,6 +70,7 @@ CASES = (
         80,
         (
             Target("medfast * bf16", 33e-3),
+            Target("medfast cuda bf16", 28e-3),
             Target("medfast * bf16", 3.0, than="open_clip autocast bf16"),
             Target("medfast * bf16*", 0.3e9, key="peak_bytes"),
             Target("medfast * bf16*", 50.0, than="open_clip autocast bf16", key="peak_bytes"),
