@@ -91,8 +91,9 @@ def speed() -> str:
         for comparison in _largest_with_peer(one):
             rows = [row for row in comparison["rows"] if "median_s" in row]
             peer = next(row for row in rows if not row["own"])
-            own = [row for row in rows if row["own"] and row["dtype"] == peer["dtype"]]
-            best = min(own, key=lambda row: row["median_s"])
+            own = [row for row in rows if row["own"]]
+            alike = [row for row in own if row["dtype"] == peer["dtype"]]
+            best = min(alike or own, key=lambda row: row["median_s"])
             cell = f"{peer['median_s'] / best['median_s']:.1f}x"
             if "peak_bytes" in peer:
                 cell += f", {best['peak_bytes'] / peer['peak_bytes']:.0%} of the memory"
