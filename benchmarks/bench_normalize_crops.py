@@ -45,7 +45,10 @@ def test_crops(benchmark: Any, note: Note, B: int) -> None:
     images, offsets = images.to(DEVICE), offsets.to(DEVICE)
     calls = {
         f"medfast {impl}": functools.partial(
-            *(normalize_crops, images, PRESET.mean, PRESET.std),
+            normalize_crops,
+            images,
+            PRESET.mean,
+            PRESET.std,
             offsets=offsets,
             size=(SIZE, SIZE),
             impl=impl,
