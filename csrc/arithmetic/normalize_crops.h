@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "arithmetic/bf16.h"
 #include "arithmetic/host_device.h"
 
 namespace medfast {
@@ -17,7 +18,7 @@ MEDFAST_HD Real normalized(uint32_t value, Real factor, Real shift) {
   return fma(static_cast<Real>(value), factor, shift);
 }
 
-// The upper half of a float, rounded to the nearest, ties to even, but for NaN.
+// bf16.
 struct UpperHalf {
   uint16_t bits;
 };
@@ -25,9 +26,7 @@ struct UpperHalf {
 MEDFAST_HD void round_to(float x, float* to) { *to = x; }
 
 MEDFAST_HD void round_to(float x, UpperHalf* to) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  to->bits = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  to->bits = upper_half(x);
 }
 
 // Where in B images [B, height, width, 3] the crops [B, crop_height, crop_width, 3] are.

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "arithmetic/bf16.h"
 #include "instruction_set.h"
 
 namespace medfast {
@@ -13,13 +14,11 @@ struct bf16 {
   uint16_t bits;
 };
 
-// Stores x, rounded to the nearest, ties to even. Vector code comes of it.
+// Stores x, rounded.
 MEDFAST_KERNEL void store(float x, float* to) { *to = x; }
 
 MEDFAST_KERNEL void store(float x, bf16* to) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  to->bits = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  to->bits = upper_half(x);
 }
 
 MEDFAST_KERNEL float load(const float* from) { return *from; }
