@@ -51,13 +51,7 @@ def parse_evaluate(argv: Sequence[str] | None = None) -> Plan:
     ):
         shown = "" if default is None else f" (default: {default})"
         parser.add_argument(name, metavar=metavar, default=default, help=text + shown)
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        default=[],
-        metavar="KEY:FOLDER",
-        help="Where single data sets are, in place of their folders in --data-root.",
-    )
+    add_places(parser)
     parser.add_argument(
         "--datasets", nargs="+", metavar="KEY", help=f"Some of: {', '.join(EVALUATIONS)}."
     )
@@ -117,6 +111,17 @@ def parse_evaluate(argv: Sequence[str] | None = None) -> Plan:
         device=given.device,
         precision=given.precision,
         seed=given.seed,
+    )
+
+
+def add_places(parser: Parser) -> None:
+    """Give a parser the flag that says where single data sets are."""
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="KEY:FOLDER",
+        help="Where single data sets are, in place of their folders in --data-root.",
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medfast.cli.commands import COMMANDS
-from medfast.cli.evaluate import parse_evaluate
+from medfast.cli.evaluate import add_places, parse_evaluate
 from medfast.cli.parser import Parser
 from medfast.cli.settings import read_config
 from medfast.config import TrainConfig
@@ -61,13 +61,7 @@ def parse_study(argv: Sequence[str] | None = None) -> tuple[Study, int, bool]:
         help="Evaluate the runs on what is there of 25 data sets, as medfast evaluate does; "
         f"'{_PHANTOM}': on phantoms of all of them, which the study writes.",
     )
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        default=[],
-        metavar="KEY:FOLDER",
-        help="Where single data sets are, in place of their folders in --data-root.",
-    )
+    add_places(parser)
     parser.add_argument(
         "--datasets", nargs="+", default=[], metavar="KEY", help="Evaluate on these alone."
     )

@@ -37,15 +37,13 @@ def heat_map(rows: Sequence[Row], path: Path) -> None:
     keys = [key for key in EVALUATIONS if any(result["dataset"] == key for result in rows)]
     tasks = list(dict.fromkeys(task for key in keys for task in TASKS[EVALUATIONS[key]]))
     found = {(result["dataset"], result["task"]): headline(result) for result in rows}
-    beside = path.with_suffix(".part")
     draw_heat_map(
-        beside,
+        path,
         rows=keys,
         columns=[f"{task} {HEADLINES[task]}" for task in tasks],
         shares=[[found.get((key, task), MISSING) for task in tasks] for key in keys],
         title=f"{rows[0]['model']}, values in %",
     )
-    beside.replace(path)
 
 
 def headline(row: Row) -> Share:
@@ -97,7 +95,5 @@ def _write(axes: Any, row: int, column: int, words: str, strength: float) -> Non
 
 
 def _save(figure: Figure, path: Path) -> None:
-    beside = path.with_suffix(".part")
     # Without a date, so that equal results are equal files.
-    figure.savefig(beside, format="png", dpi=120, metadata={"Software": None})
-    beside.replace(path)
+    figure.savefig(path, format="png", dpi=120, metadata={"Software": None})
