@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.conditions import allocator
+from benchmarks.compare import comparison
 from benchmarks.conftest import Note
 from benchmarks.measure import Run, Timing, interleave
 from benchmarks.targets import Target
@@ -90,16 +90,16 @@ def race(shape: tuple[int, int], C: float, peers: Peers) -> tuple[dict[str, Any]
 
 @pytest.mark.parametrize("C", [1.0, 100.0])
 def test_few_rows(benchmark: Any, note: Note, C: float) -> None:
-    comparison, own = race((4096, 128), C, LBFGS | OTHERS)
-    note(comparison)
+    found, own = race((4096, 128), C, LBFGS | OTHERS)
+    note(found)
     benchmark.pedantic(own, rounds=3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("C", [1.0, 100.0])
 def test_many_rows(benchmark: Any, note: Note, C: float) -> None:
-    comparison, own = race((50_000, 512), C, LBFGS)
-    note(comparison, (Target("medfast", 10.0, than="scikit-learn lbfgs"),))
+    found, own = race((50_000, 512), C, LBFGS)
+    note(found, (Target("medfast", 10.0, than="scikit-learn lbfgs"),))
     benchmark.pedantic(own, rounds=3)
 
 
@@ -110,28 +110,18 @@ def _comparison(
     errors: dict[str, float],
     gradient_norm: float,
 ) -> dict[str, Any]:
-    return {
-        "op": f"linear probe, C = {C:g}",
-        "shape": list(shape),
-        "device": "cpu",
-        "passes": "both",
-        "clock": "wall",
-        "allocator": allocator(),
-        "gradient_norm": gradient_norm,
-        "rows": [
-            {
-                "variant": name,
-                "own": name == "medfast",
-                "dtype": "float32" if name == "medfast" else "float64",
-                "errors": {"coefficients": errors[name]},
-                "median_s": timing.median,
-                "p20_s": timing.p20,
-                "p80_s": timing.p80,
-                "rounds": timing.rounds,
-            }
-            for name, timing in timings.items()
-        ],
-    }
+    rows = [
+        {
+            "variant": name,
+            "own": name == "medfast",
+            "dtype": "float32" if name == "medfast" else "float64",
+            "errors": {"coefficients": errors[name]},
+            **timing.row(),
+        }
+        for name, timing in timings.items()
+    ]
+    found = comparison(f"linear probe, C = {C:g}", shape, rows)
+    return found | {"gradient_norm": gradient_norm}
 
 
 def _joined(weights: Tensor, bias: Tensor) -> Tensor:

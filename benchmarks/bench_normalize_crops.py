@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.conditions import allocator
+from benchmarks.compare import comparison
 from benchmarks.conftest import Note
 from benchmarks.measure import Run, interleave
 from medfast.models import PRESETS
@@ -63,27 +63,15 @@ def test_crops(benchmark: Any, note: Note, B: int) -> None:
     assert all(error <= TOLERANCE * largest for error in errors.values()), errors
     runs = {name: Run(call) for name, call in {**calls, "torchvision": chain}.items()}
     timings = interleave(runs, seconds=3, device=DEVICE)
-    note(
+    rows = [
         {
-            "op": "normalize_crops",
-            "shape": [B, SIDE, SIDE, 3],
-            "device": DEVICE,
-            "passes": "forward",
-            "clock": "wall" if DEVICE == "cpu" else "device",
-            "allocator": allocator() if DEVICE == "cpu" else "torch",
-            "rows": [
-                {
-                    "variant": name,
-                    "own": name != "torchvision",
-                    "dtype": "bfloat16",
-                    "errors": {"pixels": errors.get(name, 0.0) / largest},
-                    "median_s": timing.median,
-                    "p20_s": timing.p20,
-                    "p80_s": timing.p80,
-                    "rounds": timing.rounds,
-                }
-                for name, timing in timings.items()
-            ],
+            "variant": name,
+            "own": name != "torchvision",
+            "dtype": "bfloat16",
+            "errors": {"pixels": errors.get(name, 0.0) / largest},
+            **timing.row(),
         }
-    )
+        for name, timing in timings.items()
+    ]
+    note(comparison("normalize_crops", shape, rows, DEVICE, passes="forward", clock="device"))
     benchmark.pedantic(next(iter(calls.values())), rounds=3)

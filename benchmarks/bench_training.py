@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -11,12 +10,13 @@ import pytest
 import torch
 
 from benchmarks import memory
-from benchmarks.conditions import allocator
+from benchmarks.compare import comparison
 from benchmarks.conftest import Note
 from benchmarks.measure import Run, interleave
 from benchmarks.targets import Target
 from benchmarks.training import Pairs, Steps, make, peak, random_pairs
 from medfast.models import PRESETS
+from medfast.profile.memory import free_memory
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The published shape on a GPU, the embedded default's elsewhere.
@@ -53,10 +53,7 @@ def race(model: str, size: int, count: int, in_turn: int) -> tuple[dict[str, Any
             "variant": name,
             "own": name != "open_clip",
             "dtype": "-",
-            "median_s": timing.median / in_turn,
-            "p20_s": timing.p20 / in_turn,
-            "p80_s": timing.p80 / in_turn,
-            "rounds": timing.rounds,
+            **timing.row(in_turn),
             "pairs_per_s": size * in_turn / timing.median,
             "peak_bytes": memory.in_fresh_process(
                 peak, NAMES[name], model, "clip", size, DEVICE.type
@@ -64,7 +61,8 @@ def race(model: str, size: int, count: int, in_turn: int) -> tuple[dict[str, Any
         }
         for name, timing in timings.items()
     ]
-    return _comparison(f"training step of clip, {model}", (size,), rows), runs["medfast"]
+    found = comparison(f"training step of clip, {model}", (size,), rows, DEVICE.type)
+    return found, runs["medfast"]
 
 
 _ENDS = (slice(0, 1), slice(-STEPS_IN_TURN, None))
@@ -72,8 +70,8 @@ _ENDS = (slice(0, 1), slice(-STEPS_IN_TURN, None))
 
 @pytest.mark.slow
 def test_steps_of_clip(benchmark: Any, note: Note) -> None:
-    comparison, own = race(MODEL, BATCH, STEPS, STEPS_IN_TURN)
-    note(comparison, (Target("medfast", 1.0, than="open_clip"),))
+    found, own = race(MODEL, BATCH, STEPS, STEPS_IN_TURN)
+    note(found, (Target("medfast", 1.0, than="open_clip"),))
     benchmark.pedantic(own, rounds=1)
 
 
@@ -82,9 +80,9 @@ def test_steps_of_local(benchmark: Any, note: Note) -> None:
     """Up to the largest batch whose pairs' scores the reference can keep, and twice that."""
     size, before = 64, 0
     while True:
-        comparison = _local(size, ("auto", "reference"))
-        note(comparison)
-        needed = comparison["rows"][1]["peak_bytes"]
+        found = _local(size, ("auto", "reference"))
+        note(found)
+        needed = found["rows"][1]["peak_bytes"]
         # The scores of all pairs grow with the square of the batch.
         if needed + 4 * (needed - before) > _available():
             break
@@ -112,17 +110,14 @@ def _local(size: int, impls: tuple[str, ...]) -> dict[str, Any]:
                 "variant": "reference" if impl == "reference" else "medfast",
                 "own": impl != "reference",
                 "dtype": "-",
-                "median_s": timing.median,
-                "p20_s": timing.p20,
-                "p80_s": timing.p80,
-                "rounds": timing.rounds,
+                **timing.row(),
                 "pairs_per_s": size / timing.median,
                 "peak_bytes": memory.in_fresh_process(
                     peak, impl, MODEL, "local", size, DEVICE.type
                 ),
             }
         )
-    return _comparison(f"training step of local, {MODEL}", (size,), rows)
+    return comparison(f"training step of local, {MODEL}", (size,), rows, DEVICE.type)
 
 
 def _one_step(impl: str, size: int) -> list[float]:
@@ -134,17 +129,4 @@ def _available() -> int:
     """Return how many bytes of memory a process can still take."""
     if DEVICE.type == "cuda":
         return torch.cuda.mem_get_info()[0]
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-
-
-def _comparison(op: str, shape: tuple[int, ...], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "op": op,
-        "shape": list(shape),
-        "device": DEVICE.type,
-        "passes": "both",
-        "clock": "wall",
-        "allocator": allocator() if DEVICE.type == "cpu" else "torch",
-        "rows": rows,
-    }
+    return free_memory()

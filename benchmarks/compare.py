@@ -11,7 +11,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -85,24 +85,32 @@ def compare(
         ceiling, mm[row["dtype"]] = _ceiling(tuple(products), variant.dtype, device)
         share = variant.share
         row |= {
-            "median_s": timing.median / share,
-            "p20_s": timing.p20 / share,
-            "p80_s": timing.p80 / share,
-            "rounds": timing.rounds,
+            **timing.row(share),
             "tflops": flops * share / timing.median / 1e12,
             "percent_of_mm": 100 * ceiling * share / timing.median,
         }
         if with_memory:
             row["peak_bytes"] = _peak(name, shape, device, passes, variant, runs[title])
+    return comparison(name, shape, rows.values(), device, passes, clock) | {"mm_tflops": mm}
+
+
+def comparison(
+    op: str,
+    shape: Sequence[int],
+    rows: Iterable[dict[str, Any]],
+    device: str = "cpu",
+    passes: str = "both",
+    clock: str = "wall",
+) -> dict[str, Any]:
+    """Return rows, however they were measured, with what reports and targets must know of them."""
     return {
-        "op": name,
+        "op": op,
         "shape": list(shape),
         "device": device,
         "passes": passes,
         "clock": clock if device == "cuda" else "wall",
         "allocator": allocator() if device == "cpu" else "torch",
-        "mm_tflops": mm,
-        "rows": list(rows.values()),
+        "rows": list(rows),
     }
 
 

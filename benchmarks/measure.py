@@ -47,6 +47,11 @@ class Timing:
         median, p20, p80 = values.tolist()
         return cls(median, p20, p80, len(seconds))
 
+    def row(self, parts: float = 1) -> dict[str, float]:
+        """Return the timing as rows of a comparison hold it, of one of so many parts of a call."""
+        seconds = {"median_s": self.median, "p20_s": self.p20, "p80_s": self.p80}
+        return {**{name: x / parts for name, x in seconds.items()}, "rounds": self.rounds}
+
 
 def interleave(
     runs: Mapping[str, Run],

@@ -44,7 +44,7 @@ def report(found: Sequence[dict[str, Any]]) -> str:
                 parts += [f"### {several}: {what}", size_table(family, key)]
     judged = [line(target) for one in comparisons for target in one["targets"]]
     if judged:
-        parts += ["### Targets", _markdown(["target", "wanted", "measured", ""], judged)]
+        parts += ["### Targets", markdown(["target", "wanted", "measured", ""], judged)]
     for result in found:
         if result["name"] == "errors":
             parts += errors_tables(result)
@@ -63,7 +63,7 @@ def page_part(files: Sequence[str], folder: Path = results.FOLDER) -> str:
         family = _clip_family(comparisons)
         parts += [
             f"On {_about(one[0]['conditions'])}",
-            _markdown(["comparison", "wanted", "measured", ""], judged),
+            markdown(["comparison", "wanted", "measured", ""], judged),
             f"{_title(family[-1])}:",
             comparison_table(family[-1]),
             f"{_title(family[0], size('B', *family[0]['shape'][1:]))}:",
@@ -129,14 +129,14 @@ def comparison_table(comparison: Comparison) -> str:
         for column, cell in zip(columns.values(), cells, strict=True):
             column.append(cell)
     known = {title: column for title, column in columns.items() if {*column} != {_DASH}}
-    return _markdown(list(known), list(zip(*known.values(), strict=True)))
+    return markdown(list(known), list(zip(*known.values(), strict=True)))
 
 
 def size_table(family: Sequence[Comparison], key: str) -> str:
     """Return the medians or peaks of comparisons of several sizes, one column per size."""
     names = dict.fromkeys(row["variant"] for one in family for row in _measured(one))
     lines = [[name, *(_text(_value(one, name, key), key) for one in family)] for name in names]
-    return _markdown(["variant", *(f"B = {one['shape'][0]:,}" for one in family)], lines)
+    return markdown(["variant", *(f"B = {one['shape'][0]:,}" for one in family)], lines)
 
 
 def errors_tables(
@@ -156,7 +156,7 @@ def errors_tables(
             [f"{s:g}", f"{c:g}", *(f"{errors[s, c, name][key]:.1e}" for name in names)]
             for s, c in places
         ]
-        parts.append(_markdown(["scale", "correlation", *names], lines))
+        parts.append(markdown(["scale", "correlation", *names], lines))
     return parts
 
 
@@ -264,7 +264,8 @@ def _text(value: float | None, key: str) -> str:
     return _DASH if value is None else quantity(value, key)
 
 
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table."""
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def methods() -> str:
         assert documented, f"{key} does not say what it is and where it is from"
         terms = " + ".join(f"{weight:g} {term}" for term, weight in cls.terms.items())
         rows.append([f"`{key}`", *documented.groups(), terms])
-    return _markdown(["`--method`", "what", "source", "loss terms"], rows)
+    return report.markdown(["`--method`", "what", "source", "loss terms"], rows)
 
 
 def sources() -> str:
@@ -57,7 +56,7 @@ def sources() -> str:
         facts = importlib.import_module(module).ABOUT
         if key == facts.key:  # the phantom is read as ROCO is
             rows.append([f"`{key}`", facts.title, facts.licence, facts.access])
-    return _markdown(["`--train-data`", "data set", "licence", "how to get it"], rows)
+    return report.markdown(["`--train-data`", "data set", "licence", "how to get it"], rows)
 
 
 def evaluations() -> str:
@@ -66,7 +65,7 @@ def evaluations() -> str:
     for key, kind in EVALUATIONS.items():
         facts = about(key)
         rows.append([f"`{key}`", kind, facts.title, facts.licence, facts.access])
-    return _markdown(["evaluation", "kind", "data set", "licence", "how to get it"], rows)
+    return report.markdown(["evaluation", "kind", "data set", "licence", "how to get it"], rows)
 
 
 def implementations() -> str:
@@ -76,7 +75,7 @@ def implementations() -> str:
         [f"`{op}`", *("yes" if name in own else "" for name in names)]
         for op, own in IMPLEMENTATIONS.items()
     ]
-    return _markdown(["function", *(f"`{name}`" for name in names)], rows)
+    return report.markdown(["function", *(f"`{name}`" for name in names)], rows)
 
 
 def speed() -> str:
@@ -100,7 +99,7 @@ def speed() -> str:
             key = (comparison["op"], size(*comparison["shape"]), peer["variant"])
             found.setdefault(key, {})[machine] = cell
     rows = [[*key, *(cells.get(m, "-") for m in machines)] for key, cells in found.items()]
-    return _markdown(["what", "size", "times faster than", *machines], rows)
+    return report.markdown(["what", "size", "times faster than", *machines], rows)
 
 
 def _largest_with_peer(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -128,11 +127,6 @@ TABLES = {
 
 def _sentence(module: str) -> str:
     return " ".join((importlib.import_module(module).__doc__ or "").split())
-
-
-def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":
