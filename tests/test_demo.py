@@ -30,9 +30,9 @@ def demo(tmp_path_factory):
 
 
 def test_it_ends_within_minutes_and_names_the_run_folder(demo):
-    """Five where the processor multiplies bf16; in fp32 a slow one takes 0.6 s for each step."""
+    """Twice what two cores took at their slowest: 5 min with bf16, 0.8 s for a step in fp32."""
     run, _, seconds, said = demo
-    assert seconds < (300 if has_bf16(torch.device("cpu")) else 1500)
+    assert seconds < (600 if has_bf16(torch.device("cpu")) else 1500)
     assert said.splitlines()[-1].endswith(str(run))
 
 
