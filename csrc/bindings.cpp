@@ -4,10 +4,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <tuple>
 
 #include "cpu/bf16.h"
+#include "cpu/bf16_product.h"
 #include "cpu/clip_loss.h"
 #include "cpu/filip_loss.h"
 #include "cpu/instruction_set.h"
@@ -58,6 +60,24 @@ PYBIND11_MODULE(_C, m) {
   m.attr("openmp") = false;
 #endif
 
+  m.def("multiplies_bf16",
+        [] { return medfast::chosen == medfast::InstructionSet::amx; },
+        "Whether the instruction set in use multiplies bf16 faster than fp32.");
+  m.def(
+      "bf16_product",
+      [](int64_t count, int64_t rows, int64_t columns, int64_t depth, uintptr_t a,
+         std::array<int64_t, 3> a_strides, uintptr_t b, std::array<int64_t, 3> b_strides,
+         float alpha, bool accumulate, uintptr_t out, std::array<int64_t, 2> out_strides) {
+        const auto matrix = [](uintptr_t data, const std::array<int64_t, 3>& strides) {
+          return medfast::Bf16Matrix{at<medfast::bf16>(data), strides[1], strides[2], strides[0]};
+        };
+        medfast::bf16_product(count, rows, columns, depth, matrix(a, a_strides),
+                              matrix(b, b_strides), alpha, accumulate,
+                              {at<float>(out), out_strides[1], out_strides[0]});
+      },
+      py::arg("count"), py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("a"),
+      py::arg("a_strides"), py::arg("b"), py::arg("b_strides"), py::arg("alpha"),
+      py::arg("accumulate"), py::arg("out"), py::arg("out_strides"), no_gil);
   m.def(
       "clip_loss_sums",
       [](uintptr_t logits, int64_t stride, int64_t rows, int64_t columns, float shift,
@@ -68,6 +88,20 @@ PYBIND11_MODULE(_C, m) {
                                 {at<int16_t>(kept), kept_stride, step});
       },
       py::arg("logits"), py::arg("stride"), py::arg("rows"), py::arg("columns"), py::arg("shift"),
+      py::arg("row_sums"), py::arg("column_sums"), py::arg("kept") = 0,
+      py::arg("kept_stride") = 0, py::arg("step") = 1.0f, no_gil);
+  m.def(
+      "clip_loss_sums_of_features",
+      [](uintptr_t rows, uintptr_t columns, int64_t row_count, int64_t column_count, int64_t depth,
+         float scale, int64_t offset, float shift, uintptr_t own, uintptr_t row_sums,
+         uintptr_t column_sums, uintptr_t kept, int64_t kept_stride, float step) {
+        medfast::clip_loss_sums_of_features(
+            {at<medfast::bf16>(rows), depth, 1, 0}, {at<medfast::bf16>(columns), 1, depth, 0},
+            row_count, column_count, depth, scale, offset, shift, at<float>(own),
+            at<float>(row_sums), at<float>(column_sums), {at<int16_t>(kept), kept_stride, step});
+      },
+      py::arg("rows"), py::arg("columns"), py::arg("row_count"), py::arg("column_count"),
+      py::arg("depth"), py::arg("scale"), py::arg("offset"), py::arg("shift"), py::arg("own"),
       py::arg("row_sums"), py::arg("column_sums"), py::arg("kept") = 0,
       py::arg("kept_stride") = 0, py::arg("step") = 1.0f, no_gil);
   m.def(

@@ -1,14 +1,47 @@
+from collections.abc import Sequence
+
 openmp: bool
 
 def instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...
 def use_instruction_set(name: str) -> None: ...
+def multiplies_bf16() -> bool: ...
+def bf16_product(
+    count: int,
+    rows: int,
+    columns: int,
+    depth: int,
+    a: int,
+    a_strides: Sequence[int],
+    b: int,
+    b_strides: Sequence[int],
+    alpha: float,
+    accumulate: bool,
+    out: int,
+    out_strides: Sequence[int],
+) -> None: ...
 def clip_loss_sums(
     logits: int,
     stride: int,
     rows: int,
     columns: int,
     shift: float,
+    row_sums: int,
+    column_sums: int,
+    kept: int = 0,
+    kept_stride: int = 0,
+    step: float = 1.0,
+) -> None: ...
+def clip_loss_sums_of_features(
+    rows: int,
+    columns: int,
+    row_count: int,
+    column_count: int,
+    depth: int,
+    scale: float,
+    offset: int,
+    shift: float,
+    own: int,
     row_sums: int,
     column_sums: int,
     kept: int = 0,

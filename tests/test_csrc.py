@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "amx"])
 def kernels(request):
     from medfast import _C
 
@@ -231,6 +231,56 @@ def test_threads_do_not_change_a_bit(kernels):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "D"), [(1, 1, 1), (2, 5, 3), (31, 33, 64), (129, 40, 65), (40, 4100, 30)]
+)
+@pytest.mark.parametrize("offset", [0, 7, -5, 5000])
+@pytest.mark.parametrize("scale", [20.0, -3.0])
+def test_sums_of_features_are_those_of_their_logits(kernels, M, N, D, offset, scale):
+    torch.manual_seed(M + N)
+    rows, columns = (F.normalize(torch.randn(n, D), dim=1).bfloat16() for n in (M, N))
+    shift, step, stride = 5.0, 25 / 32766, N + 3
+    own, row_sums, column_sums = (torch.full((n,), torch.nan) for n in (M, M, N))
+    own.fill_(-torch.inf)
+    kept = torch.zeros(M, stride, dtype=torch.int16)
+    kernels.clip_loss_sums_of_features(
+        *(rows.data_ptr(), columns.data_ptr(), M, N, D, scale, offset, shift),
+        *(own.data_ptr(), row_sums.data_ptr(), column_sums.data_ptr()),
+        *(kept.data_ptr(), stride, step),
+    )
+    logits = scale * rows.double() @ columns.double().T
+    is_own = torch.arange(M)[:, None] + offset == torch.arange(N)
+    for i, j in is_own.nonzero().tolist():
+        assert own[i] == pytest.approx(logits[i, j].item(), rel=1e-5, abs=1e-5)
+    assert (own == -torch.inf).sum() == M - is_own.sum()
+    exponentials = (logits - shift).exp().masked_fill(is_own, 0)
+    torch.testing.assert_close(row_sums.double(), exponentials.sum(1), rtol=1e-5, atol=1e-30)
+    torch.testing.assert_close(column_sums.double(), exponentials.sum(0), rtol=1e-5, atol=1e-30)
+    assert (kept[:, N:] == 0).all()
+    assert (kept[:, :N][is_own] == -(2**15)).all()
+    distance = (kept[:, :N].double() * step - logits).masked_fill(is_own, 0).abs()
+    assert distance.max() <= step / 2 + 1e-4
+
+
+def test_sums_of_features_do_not_depend_on_the_number_of_threads(kernels):
+    torch.manual_seed(0)
+    rows, columns = (F.normalize(torch.randn(n, 40), dim=1).bfloat16() for n in (1100, 300))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            sums = [torch.empty(n) for n in (1100, 1100, 300)]
+            kernels.clip_loss_sums_of_features(
+                *(rows.data_ptr(), columns.data_ptr(), 1100, 300, 40, 20.0, 0, 0.0),
+                *(x.data_ptr() for x in sums),
+            )
+            found.append(torch.cat(sums[1:]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_an_unknown_instruction_set_is_refused(kernels):

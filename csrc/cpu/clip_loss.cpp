@@ -8,7 +8,9 @@
 
 #include "arithmetic/clip_loss.h"
 #include "bf16.h"
+#include "bf16_panels.h"
 #include "exponential.h"
+#include "instruction_set.h"
 
 namespace medfast {
 namespace {
@@ -17,6 +19,9 @@ namespace {
 // and so the result, independent of the number of threads.
 constexpr int64_t kBlockRows = 64;
 constexpr int64_t kBlockColumns = 1024;
+// The same of products: of this depth, packed columns stay in the last level.
+constexpr int64_t kProductRows = 128;
+constexpr int64_t kProductColumns = 4096;
 constexpr int32_t kLowest = -32768;
 
 MEDFAST_KERNEL int16_t in_steps(float logit, float steps_per_unit) {
@@ -45,6 +50,47 @@ MEDFAST_KERNEL void sum_block(const float* logits, int64_t stride, int64_t rows,
       kept[i * kept_stride + j] = in_steps(row[j], steps_per_unit);
   }
   std::copy(sums, sums + columns, column_sums);
+}
+
+// Where the sums of a panel go: those of row i to the kTile entries from rows + i * kTile, in which
+// every kTile-th column meets.
+struct PanelSums {
+  float* rows;
+  float* columns;
+};
+
+MEDFAST_KERNEL void sum_panel(float* logits, int64_t rows, int64_t columns, float scale,
+                              int64_t own_column, float* own, float shift, PanelSums sums,
+                              int16_t* kept, int64_t kept_stride, float steps_per_unit) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = logits + i * kPanel;
+#pragma omp simd
+    for (int64_t j = 0; j < kPanel; ++j) row[j] *= scale;
+    if (0 <= own_column + i && own_column + i < columns) {
+      own[i] = row[own_column + i];
+      row[own_column + i] = -INFINITY;
+    }
+    for (int64_t j = columns; j < kPanel; ++j) row[j] = -INFINITY;
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* row = logits + i * kPanel;
+    float* row_sums = sums.rows + i * kTile;
+#pragma omp simd
+    for (int64_t j = 0; j < kTile; ++j) {
+      const float left = exponential(row[j] - shift);
+      const float right = exponential(row[kTile + j] - shift);
+      row_sums[j] += left + right;
+      sums.columns[j] += left;
+      sums.columns[kTile + j] += right;
+    }
+  }
+  if (kept == nullptr) return;
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* row = logits + i * kPanel;
+    int16_t* to = kept + i * kept_stride;
+#pragma omp simd
+    for (int64_t j = 0; j < columns; ++j) to[j] = in_steps(row[j], steps_per_unit);
+  }
 }
 
 MEDFAST_KERNEL float gradient_part(const float* logits, int64_t columns, float shift,
@@ -131,6 +177,44 @@ void clip_loss_sums(const float* logits, int64_t stride, int64_t rows, int64_t c
   std::fill(column_sums, column_sums + columns, 0.0f);
   for (int64_t a = 0; a < row_blocks; ++a)
     for (int64_t j = 0; j < columns; ++j) column_sums[j] += column_parts[a * columns + j];
+}
+
+void clip_loss_sums_of_features(Bf16Matrix rows, Bf16Matrix columns, int64_t row_count,
+                                int64_t column_count, int64_t depth, float scale, int64_t offset,
+                                float shift, float* own, float* row_sums, float* column_sums,
+                                KeptLogits kept) {
+  const int64_t block_rows = row_count < 8 * kProductRows ? kPanel : kProductRows;
+  const int64_t row_blocks = ceil_div(row_count, block_rows);
+  std::vector<double> by_row(row_count);
+  std::vector<float> row_parts(row_count * kTile);
+  std::vector<float> column_parts(row_blocks * kPanel * ceil_div(kProductColumns, kPanel));
+  for (int64_t left = 0; left < column_count; left += kProductColumns) {
+    const int64_t width = std::min(kProductColumns, column_count - left);
+    const int64_t padded = kPanel * ceil_div(width, kPanel);
+    std::fill(row_parts.begin(), row_parts.end(), 0.0f);
+    std::fill(column_parts.begin(), column_parts.end(), 0.0f);
+    const Bf16Matrix band{columns.data + left * columns.column_stride, columns.row_stride,
+                          columns.column_stride, 0};
+    for_each_product(
+        1, row_count, width, depth, rows, band, {block_rows, width, depth},
+        [&](float* product, int64_t, int64_t i, int64_t j, int64_t height, int64_t count, bool) {
+          run<sum_panel>(product, height, count, scale, i + offset - left - j, own + i, shift,
+                         PanelSums{row_parts.data() + i * kTile,
+                                   column_parts.data() + i / block_rows * padded + j},
+                         kept.data == nullptr ? nullptr
+                                              : kept.data + i * kept.stride + left + j,
+                         kept.stride, 1.0f / kept.step);
+        });
+    for (int64_t i = 0; i < row_count; ++i)
+      by_row[i] = std::accumulate(row_parts.begin() + i * kTile,
+                                  row_parts.begin() + (i + 1) * kTile, by_row[i]);
+    for (int64_t j = 0; j < width; ++j) {
+      double sum = 0;
+      for (int64_t a = 0; a < row_blocks; ++a) sum += column_parts[a * padded + j];
+      column_sums[left + j] = static_cast<float>(sum);
+    }
+  }
+  std::copy(by_row.begin(), by_row.end(), row_sums);
 }
 
 template <class Out>

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "bf16_panels.h"
+
 namespace medfast {
 
 // Where logits are kept, in 16 bits: as multiples of `step`, row i at data + i * stride; the lowest
@@ -19,6 +21,14 @@ struct KeptLogits {
 // then must not be beyond 2^15 - 1 steps, are kept, unless kept.data is null.
 void clip_loss_sums(const float* logits, int64_t stride, int64_t rows, int64_t columns,
                     float shift, float* row_sums, float* column_sums, KeptLogits kept);
+
+// The same of the logits scale * rows @ columns^T themselves, of which none is ever written but,
+// where there is one, each row's own, of column i + offset: own[i], left out of the sums, and
+// -infinity where it is kept. rows is [row_count, depth], columns [depth, column_count].
+void clip_loss_sums_of_features(Bf16Matrix rows, Bf16Matrix columns, int64_t row_count,
+                                int64_t column_count, int64_t depth, float scale, int64_t offset,
+                                float shift, float* own, float* row_sums, float* column_sums,
+                                KeptLogits kept);
 
 // gradient_ij = e^(l_ij - shift) * (row_weights[i] + column_weights[j]), contiguous; Out is float
 // or bf16. Returns the sum of gradient_ij * l_ij, of the gradient before it is rounded to Out, in

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,6 @@ from torch import Tensor
 
 # Below this many multiplications oneDNN's set-up costs more than it saves.
 _LEAST_WORK = 2**20
-# cblas.h
-_ROW_MAJOR, _NO_TRANSPOSE, _TRANSPOSE = 101, 111, 112
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -50,7 +47,8 @@ def matmul_into(
         `out`.
     """
     if a.dtype != out.dtype:
-        return _mkl_bf16(out, a, b, alpha, accumulate)
+        _bf16_products(out[None], a[None], b[None], alpha, accumulate)
+        return out
     if out.device.type == "cpu" and out.dtype == torch.float32 and not _is_intel():
         product = matmul(a, b)
         return out.add_(product, alpha=alpha) if accumulate else torch.mul(product, alpha, out=out)
@@ -62,10 +60,10 @@ def matmul_into(
 def bmm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> Tensor:
     """Write `a @ b` of a few small matrices each to `out`, or add it; no gradient is recorded.
 
-    MKL divides several among its threads with less ado than one.
+    Several are divided among threads with less ado than one.
 
     Args:
-        out: [n, M, N], contiguous.
+        out: [n, M, N], its rows contiguous.
         a: [n, M, K], of a dtype that `matmul_into` takes.
         b: [n, K, N], likewise.
         accumulate: Add to `out` instead of overwriting it.
@@ -73,7 +71,10 @@ def bmm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> 
     Returns:
         `out`.
     """
-    if len(out) == 1 or a.dtype != out.dtype or (out.device.type == "cpu" and not _is_intel()):
+    if a.dtype != out.dtype:
+        _bf16_products(out, a, b, 1.0, accumulate)
+        return out
+    if len(out) == 1 or (out.device.type == "cpu" and not _is_intel()):
         for of_one, x, y in zip(out, a, b, strict=True):
             matmul_into(of_one, x, y, accumulate=accumulate)
         return out
@@ -84,54 +85,26 @@ def bmm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> 
 
 @functools.cache
 def multiplies_bf16() -> bool:
-    """Return whether this CPU multiplies bf16 matrices in hardware with sums in fp32 at hand.
+    """Return whether bf16 matrices are multiplied as such, with sums in fp32, and fast.
 
-    torch itself rounds the result of a bf16 product to bf16. MKL does not, and its function is
-    found inside torch's library, where torch was built with MKL.
+    torch itself rounds the result of a bf16 product to bf16.
     """
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    in_hardware = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
-    return bool(in_hardware) and _is_intel() and mkl_bf16_gemm() is not None
+    try:
+        from medfast import _C
+    except ImportError:
+        return False
+    return _C.multiplies_bf16()
 
 
-@functools.cache
-def mkl_bf16_gemm() -> Callable[..., None] | None:
-    """Return MKL's product of bf16 matrices with an fp32 result, or None where torch has none."""
-    folder = Path(torch.__file__).parent / "lib"
-    for path in sorted(folder.glob("libtorch_cpu.*")):
-        try:
-            return ctypes.CDLL(str(path)).cblas_gemm_bf16bf16f32
-        except (AttributeError, OSError):
-            continue
-    return None
+def _bf16_products(out: Tensor, a: Tensor, b: Tensor, alpha: float, accumulate: bool) -> None:
+    from medfast import _C
 
-
-def _mkl_bf16(out: Tensor, a: Tensor, b: Tensor, alpha: float, accumulate: bool) -> Tensor:
-    gemm = mkl_bf16_gemm()
-    assert gemm is not None  # the caller asked multiplies_bf16()
-    (M, K), N = a.shape, b.shape[1]
-    gemm(
-        ctypes.c_int(_ROW_MAJOR),
-        *(ctypes.c_int(_NO_TRANSPOSE if _is_row_major(x) else _TRANSPOSE) for x in (a, b)),
-        *(ctypes.c_int(size) for size in (M, N, K)),
-        ctypes.c_float(alpha),
-        *(ctypes.c_void_p(a.data_ptr()), ctypes.c_int(_leading(a))),
-        *(ctypes.c_void_p(b.data_ptr()), ctypes.c_int(_leading(b))),
-        ctypes.c_float(accumulate),
-        *(ctypes.c_void_p(out.data_ptr()), ctypes.c_int(out.stride(0))),
+    (count, M, K), N = a.shape, b.shape[2]
+    _C.bf16_product(
+        *(count, M, N, K),
+        *(a.data_ptr(), a.stride(), b.data_ptr(), b.stride()),
+        *(alpha, accumulate, out.data_ptr(), out.stride()[:2]),
     )
-    return out
-
-
-def _is_row_major(matrix: Tensor) -> bool:
-    return matrix.stride(1) == 1
-
-
-def _leading(matrix: Tensor) -> int:
-    # A matrix of one row or column may have any stride there; BLAS wants a possible one.
-    if _is_row_major(matrix):
-        return max(matrix.stride(0), matrix.shape[1])
-    return max(matrix.stride(1), matrix.shape[0])
 
 
 @functools.cache

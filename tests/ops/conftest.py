@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from medfast.ops import matmul
+from medfast.ops.dispatch import why_not
+
 
 class _Largest(TorchDispatchMode):
     """Notes the bytes of the largest tensor that any operator returns."""
@@ -41,3 +44,12 @@ def uninitialised_is_nan():
     assert torch.empty(4).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def bf16_products(monkeypatch):
+    """bf16 is multiplied as such, as where it is fast; csrc's products can be had on any CPU."""
+    reason = why_not("clip_loss", "cpu")
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(matmul, "multiplies_bf16", lambda: True)

@@ -100,7 +100,7 @@ class GlobalLossChecks:
     def test_is_as_close_to_fp64_as_eager(self, loss, B, D, dtype):
         self.assert_as_close_as_eager(loss, self.inputs(B, D, dtype), self.rounds)
 
-    @pytest.mark.skipif(matmul.mkl_bf16_gemm() is None, reason="torch is built without MKL")
+    @pytest.mark.usefixtures("bf16_products")
     @pytest.mark.parametrize("impl", ["torch", "cpu"])
     @pytest.mark.parametrize(("B", "D"), [(1, 3), (2, 3), (2, 64), (129, 64), (1000, 512)])
     @pytest.mark.parametrize("workspace", ["256", "0.1"])
@@ -108,7 +108,6 @@ class GlobalLossChecks:
         """What a CPU with bf16 in hardware does; it can be had, slowly, on any."""
         if why_not(self.name, impl) is not None:
             pytest.skip(why_not(self.name, impl))
-        monkeypatch.setattr(matmul, "multiplies_bf16", lambda: True)
         monkeypatch.setenv("MEDFAST_WORKSPACE_MB", workspace)
         inputs = self.inputs(B, D, torch.bfloat16)
         loss = lambda *a: self.function(*a, impl=impl)  # noqa: E731

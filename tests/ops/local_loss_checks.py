@@ -197,35 +197,29 @@ class LocalLossChecks:
         inputs = self.inputs(9, 18, 7, 16)
         self.assert_as_close_as_eager(loss, inputs, rounds=self.rounds)
 
-    @pytest.mark.skipif(matmul.mkl_bf16_gemm() is None, reason="torch is built without MKL")
+    @pytest.mark.usefixtures("bf16_products")
     @pytest.mark.parametrize("impl", ["torch", "cpu"])
     @pytest.mark.parametrize("sizes", [(1, 3, 1, 5), (5, 49, 9, 64), (3, 7, 20, 33)])
     @pytest.mark.parametrize("masked", [False, True])
-    def test_bf16_products_with_sums_in_fp32(self, monkeypatch, impl, sizes, masked):
+    def test_bf16_products_with_sums_in_fp32(self, impl, sizes, masked):
         """What a CPU with bf16 in hardware does; it can be had, slowly, on any."""
         if why_not(self.name, impl) is not None:
             pytest.skip(why_not(self.name, impl))
-        monkeypatch.setattr(matmul, "multiplies_bf16", lambda: True)
         inputs = self.inputs(*sizes, dtype=torch.bfloat16, masked=masked)
         loss = lambda *a, **k: self.function(*a, impl=impl, **k)  # noqa: E731
         self.assert_as_close_as_eager(loss, inputs, rounds=True)
 
-    @pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"])
+    @pytest.mark.usefixtures("bf16_products")
+    @pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512", "amx"])
     @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (5, 49, 9, 17), (3, 21, 20, 33)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_compiled_passes_in_every_instruction_set(
-        self, monkeypatch, instruction_set, sizes, dtype
-    ):
+    def test_compiled_passes_in_every_instruction_set(self, instruction_set, sizes, dtype):
         if why_not(self.name, "cpu") is not None:
             pytest.skip(why_not(self.name, "cpu"))
         from medfast import _C
 
         if instruction_set not in _C.instruction_sets():
             pytest.skip(f"this processor does not have {instruction_set}")
-        # bf16 operands reach the passes only where the processor multiplies them, or says so.
-        if dtype == torch.bfloat16 and matmul.mkl_bf16_gemm() is None:
-            pytest.skip("torch is built without MKL")
-        monkeypatch.setattr(matmul, "multiplies_bf16", lambda: True)
         before = _C.instruction_set()
         _C.use_instruction_set(instruction_set)
         try:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from global_loss_checks import EPS, EXTREMES, GlobalLossChecks, loss_and_grads, unit_features
 from torch.autograd import gradcheck
 
-from medfast.ops import clip_loss, matmul
+from medfast.ops import clip_loss
 from medfast.ops.clip import api, reference
 from medfast.ops.clip.autograd import log_sum_exps
 from medfast.ops.clip.positives import agreement
@@ -71,7 +71,7 @@ class TestClipLoss(GlobalLossChecks):
         for a, b in zip(kept, loss_and_grads(loss, inputs), strict=True):
             torch.testing.assert_close(a, b)
 
-    @pytest.mark.skipif(matmul.mkl_bf16_gemm() is None, reason="torch is built without MKL")
+    @pytest.mark.usefixtures("bf16_products")
     @pytest.mark.parametrize("impl", ["torch", "cpu"])
     @pytest.mark.parametrize("workspace", ["256", "0.01"])
     @pytest.mark.parametrize("make", EXTREMES.values(), ids=EXTREMES)
@@ -79,7 +79,6 @@ class TestClipLoss(GlobalLossChecks):
     def test_bf16_products_of_extreme_batches(self, monkeypatch, impl, workspace, make, scale):
         if why_not(self.name, impl) is not None:
             pytest.skip(why_not(self.name, impl))
-        monkeypatch.setattr(matmul, "multiplies_bf16", lambda: True)
         monkeypatch.setenv("MEDFAST_WORKSPACE_MB", workspace)
         image, text, scale = self.inputs(65, 32, torch.bfloat16, scalars=(scale,))
         loss = lambda *a: self.function(*a, impl=impl)  # noqa: E731

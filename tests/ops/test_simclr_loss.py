@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from global_loss_checks import EPS, GlobalLossChecks, loss_and_grads, unit_features
 
-from medfast.ops import matmul, simclr_loss, tiles
+from medfast.ops import simclr_loss, tiles
 from medfast.ops.simclr import api, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,7 +58,7 @@ class TestSimclrLoss(GlobalLossChecks):
         monkeypatch.setattr(tiles, "tile_shape", lambda x, y: (rows, columns))
         self.assert_as_close_as_eager(loss, self.inputs(33, 16), self.rounds)
 
-    @pytest.mark.skipif(matmul.mkl_bf16_gemm() is None, reason="torch is built without MKL")
+    @pytest.mark.usefixtures("bf16_products")
     @pytest.mark.parametrize("impl", ["torch", "cpu"])
     @pytest.mark.parametrize(("B", "D"), [(1, 3), (2, 3), (2, 64), (129, 64)])
     @pytest.mark.parametrize("workspace", ["256", "0.1"])

@@ -37,6 +37,15 @@ class Passes:
     def __init__(self, logit_scale: Tensor) -> None:
         """Take the scale [] of the logits, from which subclasses foresee their size."""
 
+    def of_features(
+        self, rows: Tensor, columns: Tensor, offset: int, kept: KeptLogits | None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return what `forward` does without the logits in memory; None where that cannot be.
+
+        They are kept where `kept` is given.
+        """
+        return None
+
     def log_sum_exps(self, logits: Tensor, kept: KeptLogits | None) -> tuple[Tensor, Tensor]:
         """Return the log-sum-exps of the rows [R] and of the columns [C].
 
@@ -91,12 +100,15 @@ def forward(
         kept: Where the logits stay for the backward, [M, N], or empty; int16 for `KeptLogits`.
         passes: The passes over a tile.
     """
+    in_steps = _in_steps(kept, rows, columns, logit_scale)
+    found = passes.of_features(rows, columns, offset, in_steps)
+    if found is not None:
+        return found
     own = rows.new_full((len(rows),), -torch.inf, dtype=tiles.summable(rows))
     # Merged once a tile: in fp64 the roundings of the merges do not add up.
     row_lse, column_lse = (
         x.new_full((len(x),), -torch.inf, dtype=torch.float64) for x in (rows, columns)
     )
-    in_steps = _in_steps(kept, rows, columns, logit_scale)
     keeps_all = kept.numel() > 0 and kept.dtype == own.dtype
     for tile in tiles.tiles(rows, columns, logit_scale, kept if keeps_all else None):
         own_logits = tile.own(tile.logits, offset)

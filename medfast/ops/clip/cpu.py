@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from medfast import _C
+from medfast.ops import tiles
 from medfast.ops.clip.chunked import KeptLogits, Passes
 
 # Above this scale one shift cannot serve every row: sums may fall below what fp32 holds.
@@ -29,9 +30,31 @@ class CpuPasses(Passes):
     """
 
     def __init__(self, logit_scale: Tensor) -> None:
-        scale = abs(logit_scale.item())
-        self.shift = max(scale - _HEADROOM, 0.0)
-        self.has_shift = scale <= _MAX_SCALE
+        self.scale = logit_scale.item()
+        self.shift = max(abs(self.scale) - _HEADROOM, 0.0)
+        self.has_shift = abs(self.scale) <= _MAX_SCALE
+
+    def of_features(
+        self, rows: Tensor, columns: Tensor, offset: int, kept: KeptLogits | None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return own logits and log-sum-exps of bf16 features where the constant suits them all.
+
+        Products of 32 x 32 logits go through the exponential before the next are computed.
+        """
+        x, y = tiles.operand(rows), tiles.operand(columns)
+        if not self.has_shift or x.dtype != torch.bfloat16:
+            return None
+        own = x.new_full((len(x),), -torch.inf, dtype=torch.float32)
+        row_sums, column_sums = (own.new_empty(len(side)) for side in (x, y))
+        _C.clip_loss_sums_of_features(
+            *(x.data_ptr(), y.data_ptr(), len(x), len(y), x.shape[1]),
+            *(self.scale, offset, self.shift),
+            *(own.data_ptr(), row_sums.data_ptr(), column_sums.data_ptr()),
+            *((0, 0, 1.0) if kept is None else _kept(kept)),
+        )
+        if not self._suits(row_sums, column_sums):
+            return None
+        return own, row_sums.log_().add_(self.shift), column_sums.log_().add_(self.shift)
 
     def log_sum_exps(self, logits: Tensor, kept: KeptLogits | None) -> tuple[Tensor, Tensor]:
         if self.has_shift:
@@ -46,10 +69,13 @@ class CpuPasses(Passes):
                 columns.data_ptr(),
                 *((0, 0, 1.0) if kept is None else _kept(kept)),
             )
-            smallest = max(logits.shape) * _SMALLEST_PER_TERM
-            if all(_within(sums, smallest, _LARGEST) for sums in (rows, columns)):
+            if self._suits(rows, columns):
                 return rows.log_().add_(self.shift), columns.log_().add_(self.shift)
         return super().log_sum_exps(logits, kept)
+
+    def _suits(self, row_sums: Tensor, column_sums: Tensor) -> bool:
+        smallest = max(len(row_sums), len(column_sums)) * _SMALLEST_PER_TERM
+        return all(_within(sums, smallest, _LARGEST) for sums in (row_sums, column_sums))
 
     def takes_kept(self, row_lse: Tensor, column_lse: Tensor) -> bool:
         """Return whether the constant suits a tile."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from medfast.ops import packing, tiles
 from medfast.ops.local_alignment.reference import MIN_NORM
-from medfast.ops.matmul import bmm_into, matmul_into
+from medfast.ops.matmul import bmm_into
 from medfast.ops.packing import Images, Plan, Words
 from medfast.ops.workspace import workspace_bytes
 
@@ -145,8 +145,7 @@ class _Walk:
             images.similarity(words, similarity)
         self._passes.attend(tile)
         if not is_known:
-            for j, gram in enumerate(grams):
-                matmul_into(mixed[:, j], attention[:, j], gram)
+            bmm_into(mixed.transpose(0, 1), attention.transpose(0, 1), grams)
         return tile
 
 
@@ -217,8 +216,8 @@ def backward(
             for total, part in zip(d_temps, d_temp, strict=True):
                 total += part
             images.add_products(words, d_tile, d_groups[k], d_wave, is_first=k == 0)
-            for j, d_gram in enumerate(d_grams):
-                matmul_into(d_gram, weights[:, j].T, tile.attention[:, j], accumulate=k > 0)
+            by_image = (weights.permute(1, 2, 0), tile.attention.transpose(0, 1))
+            bmm_into(d_grams, *by_image, accumulate=k > 0)
         d_wave.baddbmm_(d_grams, images.patches.to(plan.dtype))
     tiny = torch.finfo(plan.dtype).tiny
     for words, norms, d_group, d_norm in zip(

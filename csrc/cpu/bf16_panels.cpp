@@ -1,0 +1,256 @@
+#include "bf16_panels.h"
+
+#include <cstring>
+#include <memory>
+
+#include "instruction_set.h"
+
+#if MEDFAST_X86
+#if defined(__GNUC__) && !defined(__clang__)
+// What GCC 12 says of its own header (bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+#endif
+
+namespace medfast {
+namespace {
+
+// Memory that grows.
+class Buffer {
+ public:
+  uint32_t* of(int64_t size) {
+    if (size > size_) {
+      memory_.reset(new uint32_t[size + kAlignment]);
+      size_ = size;
+    }
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    return memory_.get() + (-address & (4 * kAlignment - 1)) / 4;
+  }
+
+ private:
+  // A line of cache.
+  static constexpr int64_t kAlignment = 16;
+  std::unique_ptr<uint32_t[]> memory_;
+  int64_t size_ = 0;
+};
+
+MEDFAST_KERNEL void transpose(const uint32_t* from, uint32_t* to) {
+  for (int64_t i = 0; i < kTile; ++i)
+    for (int64_t j = 0; j < kTile; ++j) to[i * kTile + j] = from[j * kTile + i];
+}
+
+#if MEDFAST_X86
+// By halves: first the entries of pairs of rows change places, then those of pairs of pairs.
+MEDFAST_AVX512 void transpose_avx512(const uint32_t* from, uint32_t* to) {
+  __m512i a[kTile];
+  __m512i b[kTile];
+  for (int i = 0; i < kTile; ++i) a[i] = _mm512_loadu_si512(from + i * kTile);
+  for (int i = 0; i < kTile; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < kTile; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i)
+    for (int half = 0; half < kTile; half += 8) {
+      b[half + i] = _mm512_shuffle_i32x4(a[half + i], a[half + 4 + i], 0x88);
+      b[half + 4 + i] = _mm512_shuffle_i32x4(a[half + i], a[half + 4 + i], 0xdd);
+    }
+  for (int i = 0; i < 8; ++i) {
+    _mm512_storeu_si512(to + i * kTile, _mm512_shuffle_i32x4(b[i], b[8 + i], 0x88));
+    _mm512_storeu_si512(to + (8 + i) * kTile, _mm512_shuffle_i32x4(b[i], b[8 + i], 0xdd));
+  }
+}
+#endif
+
+// Reads a tile, zero where there is nothing: [line][pair] where depth is contiguous, else
+// [pair][line].
+MEDFAST_KERNEL void read_tile(Lines from, int64_t lines, int64_t depth, uint32_t* tile) {
+  if (from.next == 1) {
+    for (int64_t i = 0; i < kTile; ++i) {
+      uint32_t* row = tile + i * kTile;
+      if (i < lines && depth >= kStepDepth) {
+        std::memcpy(row, from.data + i * from.next_line, 4 * kTile);
+      } else {
+        std::memset(row, 0, 4 * kTile);
+        if (i < lines && depth > 0) std::memcpy(row, from.data + i * from.next_line, 2 * depth);
+      }
+    }
+    return;
+  }
+  for (int64_t pair = 0; pair < kTile; ++pair) {
+    uint32_t* row = tile + pair * kTile;
+    const bf16* first = from.data + 2 * pair * from.next;
+    const bf16* second = first + from.next;
+    if (from.next_line == 1 && lines >= kTile && 2 * pair + 1 < depth) {
+#pragma omp simd
+      for (int64_t i = 0; i < kTile; ++i)
+        row[i] = first[i].bits | static_cast<uint32_t>(second[i].bits) << 16;
+      continue;
+    }
+    for (int64_t i = 0; i < kTile; ++i) {
+      const bool is_line = i < lines;
+      const int64_t place = i * from.next_line;
+      const uint32_t low = is_line && 2 * pair < depth ? first[place].bits : 0;
+      const uint32_t high = is_line && 2 * pair + 1 < depth ? second[place].bits : 0;
+      row[i] = low | high << 16;
+    }
+  }
+}
+
+using Transpose = void (*)(const uint32_t*, uint32_t*);
+
+MEDFAST_KERNEL void pack_panel(Lines from, int64_t lines, int64_t depth, bool is_by_line,
+                               Transpose transposed, uint32_t* to) {
+  alignas(64) uint32_t tile[kTileSize];
+  for (int64_t k = 0; k < depth; k += kStepDepth)
+    for (int64_t first = 0; first < kPanel; first += kTile, to += kTileSize) {
+      const Lines part{from.data + first * from.next_line + k * from.next, from.next_line,
+                       from.next};
+      if ((from.next == 1) == is_by_line) {
+        read_tile(part, lines - first, depth - k, to);
+      } else {
+        read_tile(part, lines - first, depth - k, tile);
+        transposed(tile, to);
+      }
+    }
+}
+
+MEDFAST_KERNEL float upper(uint32_t pair) {
+  const uint32_t bits = pair & 0xffff0000u;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+MEDFAST_KERNEL void multiply_kernel(const uint32_t* a, const uint32_t* b, int64_t steps, float* to) {
+  std::fill(to, to + kPanel * kPanel, 0.0f);
+  for (int64_t step = 0; step < steps; ++step, a += kStepSize, b += kStepSize)
+    for (int64_t i = 0; i < kPanel; ++i)
+      for (int64_t pair = 0; pair < kTile; ++pair) {
+        const uint32_t x = a[i * kTile + pair];
+        for (int64_t half = 0; half < 2; ++half) {
+          const uint32_t* y = b + half * kTileSize + pair * kTile;
+          float* sums = to + i * kPanel + half * kTile;
+#pragma omp simd
+          for (int64_t j = 0; j < kTile; ++j)
+            sums[j] += upper(x << 16) * upper(y[j] << 16) + upper(x) * upper(y[j]);
+        }
+      }
+}
+
+void multiply_anywhere(const uint32_t* a, const uint32_t* b, int64_t steps, int64_t, int64_t,
+                       float* to) {
+  run<multiply_kernel>(a, b, steps, to);
+}
+
+#if MEDFAST_HAS_AMX
+// Four tiles of sums, two of a and two of b, or fewer where the rest is not wanted.
+template <bool has_second_row, bool has_second_column>
+MEDFAST_AMX void multiply_tiles(const uint32_t* a, const uint32_t* b, int64_t steps, float* to) {
+  // Compilers do not see that tiles are loaded from memory, and stored there.
+  asm volatile("" ::: "memory");
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  constexpr int64_t kRowBytes = 4 * kTile;
+  for (int64_t step = 0; step < steps; ++step, a += kStepSize, b += kStepSize) {
+    _tile_loadd(4, a, kRowBytes);
+    _tile_loadd(6, b, kRowBytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (has_second_column) {
+      _tile_loadd(7, b + kTileSize, kRowBytes);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (has_second_row) {
+      _tile_loadd(5, a + kTileSize, kRowBytes);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if constexpr (has_second_row && has_second_column) _tile_dpbf16ps(3, 5, 7);
+  }
+  constexpr int64_t kSumBytes = 4 * kPanel;
+  _tile_stored(0, to, kSumBytes);
+  _tile_stored(1, to + kTile, kSumBytes);
+  _tile_stored(2, to + kTile * kPanel, kSumBytes);
+  _tile_stored(3, to + kTile * kPanel + kTile, kSumBytes);
+  asm volatile("" ::: "memory");
+}
+
+void multiply_amx(const uint32_t* a, const uint32_t* b, int64_t steps, int64_t rows,
+                  int64_t columns, float* to) {
+  const auto product = rows > kTile ? (columns > kTile ? multiply_tiles<true, true>
+                                                       : multiply_tiles<true, false>)
+                                    : (columns > kTile ? multiply_tiles<false, true>
+                                                       : multiply_tiles<false, false>);
+  product(a, b, steps, to);
+}
+#endif
+
+#if MEDFAST_HAS_AMX
+MEDFAST_AMX void configure() {
+  struct {
+    uint8_t palette = 1;
+    uint8_t start_row = 0;
+    uint8_t reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  } shape;
+  static_assert(sizeof shape == 64);
+  for (int tile = 0; tile < 8; ++tile) {
+    shape.row_bytes[tile] = 4 * kTile;
+    shape.rows[tile] = kTile;
+  }
+  // GCC sees no more than the first bytes being read.
+  asm volatile("" ::"r"(&shape) : "memory");
+  _tile_loadconfig(&shape);
+}
+
+MEDFAST_AMX void release() { _tile_release(); }
+#endif
+
+}  // namespace
+
+void pack(Lines from, int64_t lines, int64_t depth, bool is_by_line, uint32_t* to) {
+  Transpose transposed = transpose;
+#if MEDFAST_X86
+  if (chosen >= InstructionSet::avx512) transposed = transpose_avx512;
+#endif
+  run<pack_panel>(from, lines, depth, is_by_line, transposed, to);
+}
+
+Multiply chosen_multiply() {
+#if MEDFAST_HAS_AMX
+  if (chosen == InstructionSet::amx) return multiply_amx;
+#endif
+  return multiply_anywhere;
+}
+
+TileRegisters::TileRegisters() {
+#if MEDFAST_HAS_AMX
+  if (chosen == InstructionSet::amx) configure();
+#endif
+}
+
+TileRegisters::~TileRegisters() {
+#if MEDFAST_HAS_AMX
+  if (chosen == InstructionSet::amx) release();
+#endif
+}
+
+uint32_t* memory_of_a(int64_t size) {
+  thread_local Buffer buffer;
+  return buffer.of(size);
+}
+
+uint32_t* memory_of_b(int64_t size) {
+  thread_local Buffer buffer;
+  return buffer.of(size);
+}
+
+}  // namespace medfast

@@ -1,0 +1,132 @@
+// Products of bf16 matrices in fp32, 32 x 32 entries at a time: what is done with them finds them
+// in the first level of cache.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "bf16.h"
+
+namespace medfast {
+
+// Entry (i, j) is at data + i * row_stride + j * column_stride; fast where one of the two is 1. Of
+// several matrices, each begins `next` entries behind the one before.
+struct Bf16Matrix {
+  const bf16* data;
+  int64_t row_stride;
+  int64_t column_stride;
+  int64_t next;
+};
+
+// Operands are packed as AMX takes them: tiles of 16 lines (rows of a, columns of b) by 16 pairs of
+// neighbours in depth, 32 bits each; in a tile of a each row is a line, in one of b it is a pair.
+// A panel is two lines of tiles side by side, and a step 32 entries of its depth.
+constexpr int64_t kTile = 16;
+constexpr int64_t kTileSize = kTile * kTile;
+constexpr int64_t kPanel = 2 * kTile;
+constexpr int64_t kStepDepth = 2 * kTile;
+constexpr int64_t kStepSize = 2 * kTileSize;
+// A panel of a stays in the first level of cache while so many of b pass by, which stay in the
+// second while a block of rows does; for a depth of kPanelDepth at most.
+constexpr int64_t kPanelsAtATime = 16;
+constexpr int64_t kPanelDepth = 512;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Where the lines of an operand are: entry k of line i is at data + i * next_line + k * next.
+struct Lines {
+  const bf16* data;
+  int64_t next_line;
+  int64_t next;
+};
+
+// Packs a panel, zero where there is nothing: of a, `is_by_line`, or of b.
+void pack(Lines from, int64_t lines, int64_t depth, bool is_by_line, uint32_t* to);
+
+// Writes a product of two panels, [kPanel, kPanel]. Only `rows` and `columns` of it are wanted.
+using Multiply = void (*)(const uint32_t* a, const uint32_t* b, int64_t steps, int64_t rows,
+                          int64_t columns, float* to);
+Multiply chosen_multiply();
+
+// While it lives, this thread's tile registers have the shape that products need.
+class TileRegisters {
+ public:
+  TileRegisters();
+  ~TileRegisters();
+  TileRegisters(const TileRegisters&) = delete;
+  TileRegisters& operator=(const TileRegisters&) = delete;
+};
+
+// Memory of this thread for so many entries, of panels of either side. It is kept from call to
+// call: fresh pages cost as much as what is written there.
+uint32_t* memory_of_a(int64_t size);
+uint32_t* memory_of_b(int64_t size);
+
+// How products are divided among threads: what one takes at a time, in whole panels, and the depth
+// that is summed before `use` sees it.
+struct Blocks {
+  int64_t rows;
+  int64_t columns;
+  int64_t depth;
+};
+
+// Calls use(product, which, i, j, height, width, is_first) for each [height, width] part of a @ b
+// at (i, j) of each of `count` products, whose rows are kPanel apart and which it may overwrite; a [rows, depth], b [depth, columns].
+// Where a block's depth is smaller, use is called for one after the other, with the same part by
+// the same thread or behind a barrier, first with is_first.
+template <class Use>
+void for_each_product(int64_t count, int64_t rows, int64_t columns, int64_t depth, Bf16Matrix a,
+                      Bf16Matrix b, Blocks blocks, const Use& use) {
+  const Multiply multiply = chosen_multiply();
+  const int64_t panels = ceil_div(columns, kPanel);
+  const int64_t row_blocks = ceil_div(rows, blocks.rows);
+  const int64_t block_panels = ceil_div(blocks.columns, kPanel);
+  const int64_t column_blocks = ceil_div(panels, block_panels);
+  const int64_t most_steps = ceil_div(std::min(blocks.depth, depth), kStepDepth);
+  const int64_t panel_size = most_steps * kStepSize;
+  uint32_t* packed_b = memory_of_b(count * panels * panel_size);
+#pragma omp parallel
+  {
+    uint32_t* packed_a = memory_of_a(ceil_div(blocks.rows, kPanel) * panel_size);
+    alignas(64) float product[kPanel * kPanel];
+    const TileRegisters while_it_runs;
+    for (int64_t k = 0; k < depth; k += most_steps * kStepDepth) {
+      const int64_t part = std::min(most_steps * kStepDepth, depth - k);
+      const int64_t steps = ceil_div(part, kStepDepth);
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < count * panels; ++i) {
+        const int64_t j = i % panels * kPanel;
+        const Lines from{b.data + i / panels * b.next + k * b.row_stride + j * b.column_stride,
+                         b.column_stride, b.row_stride};
+        pack(from, columns - j, part, false, packed_b + i * panel_size);
+      }
+#pragma omp for schedule(dynamic)
+      for (int64_t t = 0; t < count * row_blocks * column_blocks; ++t) {
+        const int64_t which = t / (row_blocks * column_blocks);
+        const int64_t top = t / column_blocks % row_blocks * blocks.rows;
+        const int64_t bottom = std::min(rows, top + blocks.rows);
+        const int64_t left = t % column_blocks * block_panels;
+        const int64_t right = std::min(panels, left + block_panels);
+        for (int64_t i = top; i < bottom; i += kPanel) {
+          const Lines from{a.data + which * a.next + i * a.row_stride + k * a.column_stride,
+                           a.row_stride, a.column_stride};
+          pack(from, bottom - i, part, true, packed_a + (i - top) / kPanel * panel_size);
+        }
+        for (int64_t first = left; first < right; first += kPanelsAtATime)
+          for (int64_t i = top; i < bottom; i += kPanel)
+            for (int64_t panel = first; panel < std::min(right, first + kPanelsAtATime); ++panel) {
+              const int64_t j = panel * kPanel;
+              const int64_t height = std::min(kPanel, bottom - i);
+              const int64_t width = std::min(kPanel, columns - j);
+              multiply(packed_a + (i - top) / kPanel * panel_size,
+                       packed_b + (which * panels + panel) * panel_size, steps, height, width,
+                       product);
+              use(product, which, i, j, height, width, k == 0);
+            }
+      }
+    }
+  }
+}
+
+}  // namespace medfast

@@ -1,0 +1,60 @@
+#include "bf16_product.h"
+
+#include <algorithm>
+
+#include "instruction_set.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace medfast {
+namespace {
+
+// What stays in the second level of cache.
+constexpr int64_t kMostRows = 256;
+constexpr int64_t kMostColumns = 2048;
+// So that none waits long for the others.
+constexpr int64_t kTasksPerThread = 4;
+
+int64_t threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+MEDFAST_KERNEL void write(const float* product, int64_t rows, int64_t columns, float alpha,
+                          bool accumulate, float* out, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i, product += kPanel, out += stride) {
+    if (accumulate) {
+#pragma omp simd
+      for (int64_t j = 0; j < columns; ++j) out[j] += alpha * product[j];
+    } else {
+#pragma omp simd
+      for (int64_t j = 0; j < columns; ++j) out[j] = alpha * product[j];
+    }
+  }
+}
+
+}  // namespace
+
+void bf16_product(int64_t count, int64_t rows, int64_t columns, int64_t depth, Bf16Matrix a,
+                  Bf16Matrix b, float alpha, bool accumulate, FloatMatrix out) {
+  const int64_t shares =
+      ceil_div(kTasksPerThread * threads(), count * ceil_div(columns, kMostColumns));
+  const int64_t block_rows =
+      std::min(kMostRows, kPanel * ceil_div(rows, kPanel * std::max<int64_t>(shares, 1)));
+  // Of about equal depth.
+  const int64_t block_depth = ceil_div(depth, ceil_div(depth, kPanelDepth));
+  for_each_product(count, rows, columns, depth, a, b, {block_rows, kMostColumns, block_depth},
+                   [&](const float* product, int64_t which, int64_t i, int64_t j, int64_t height,
+                       int64_t width, bool is_first) {
+                     run<write>(product, height, width, alpha, accumulate || !is_first,
+                                out.data + which * out.next + i * out.row_stride + j,
+                                out.row_stride);
+                   });
+}
+
+}  // namespace medfast
