@@ -15,10 +15,8 @@
 
 namespace medfast::cuda {
 
-// The map of a matrix [length, D] whose boxes are slabs [rows, 64], permuted as `swizzled` says. The
-// driver has the function; it is asked for by name, so that nothing links to a driver.
-template <class Feature>
-CUtensorMap slabs_of(const void* matrix, int64_t length, int64_t D, int rows) {
+// The driver's function that makes maps; it is asked for by name, so that nothing links to a driver.
+inline decltype(&cuTensorMapEncodeTiled) encoder() {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result;
   check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
@@ -26,7 +24,17 @@ CUtensorMap slabs_of(const void* matrix, int64_t length, int64_t D, int rows) {
         "cuTensorMapEncodeTiled");
   if (result != cudaDriverEntryPointSuccess)
     throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled: it is too old");
-  const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+}
+
+// The map of a matrix [length, D] whose boxes are slabs [rows, 64], permuted as `swizzled` says.
+template <class Feature>
+CUtensorMap slabs_of(const void* matrix, int64_t length, int64_t D, int rows) {
+  static const auto encode = encoder();
+  // The driver wants the device's context, which a thread that has launched nothing has not yet.
+  int device;
+  check(cudaGetDevice(&device), "cuTensorMapEncodeTiled");
+  check(cudaSetDevice(device), "cuTensorMapEncodeTiled");
   CUtensorMap map;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(D), static_cast<cuuint64_t>(length)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(D) * sizeof(Feature)};
