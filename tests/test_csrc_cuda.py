@@ -81,8 +81,10 @@ def test_registers_leave_room_for_the_blocks_of_a_launch(usage):
             # Two blocks of eight warps.
             assert 2 * 256 * numbers["REG"] <= REGISTERS
         if architecture == "sm_90a" and "clip_loss_group_kernel" in kernel:
-            # A block of twelve warps; later two thirds of them take what the others give back.
-            assert 384 * numbers["REG"] <= REGISTERS
+            # A block of twelve warps; two thirds of them take what the others give back, and would
+            # wait for ever for what the block was not launched with.
+            dealt_out = compiled("clip_loss.cpp").group_registers()
+            assert dealt_out <= 384 * numbers["REG"] <= REGISTERS
 
 
 def test_shared_memory_suffices(usage):

@@ -101,9 +101,11 @@ MEDFAST_DEVICE void block_tiles(const Feature* rows, const Feature* columns, con
 constexpr int kConsumers = 256;
 constexpr int kGroupThreads = kConsumers + 128;
 constexpr int kPair = 2;
-// Of each thread: the third group gives up what it does not need.
+// Of each thread: the third group gives up what it does not need. All comes out of what a block is
+// launched with, in eights; whoever wanted more would wait for ever.
 constexpr int kCopierRegisters = 40, kConsumerRegisters = 232;
-static_assert(128 * kCopierRegisters + kConsumers * kConsumerRegisters <= 65536);
+constexpr int kGroupRegisters = 128 * kCopierRegisters + kConsumers * kConsumerRegisters;
+static_assert(kGroupRegisters <= 65536 / kGroupThreads / 8 * 8 * kGroupThreads);
 
 template <class Pass>
 struct GroupShared {

@@ -182,6 +182,9 @@ bool mask(int64_t M, int64_t N, int64_t offset, int64_t row, int64_t column, int
   return found.is_plain();
 }
 
+// Registers that the kernels by groups deal out among the threads of a block.
+int group_registers() { return kGroupRegisters; }
+
 // Bytes of shared memory of the kernels: sums, online and gradient by blocks, then by groups.
 void shared_bytes(int64_t* out) {
   *out++ = sizeof(BlockShared<ClipLossSums<BlockLayout>>);
