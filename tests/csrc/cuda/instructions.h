@@ -63,7 +63,8 @@ struct Barrier {
   int64_t bytes = 0;
   uint64_t phase = 0;
   void settle() {
-    if (missing > 0 || bytes > 0) return;
+    // What has come before it was expected counts below 0: that is no end of a phase.
+    if (missing != 0 || bytes != 0) return;
     missing = arrivals;
     ++phase;
   }
