@@ -521,7 +521,10 @@ class LocalLossChecks:
             value = self.call(impl, (*leaves, *inputs[2:]), scalars)
             return [value, *torch.autograd.grad(value, leaves)]
 
-        with torch.cuda.stream(torch.cuda.Stream()):
+        stream = torch.cuda.Stream()
+        # The clones above are made on the current one.
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             want = [t.clone() for t in step()]
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
