@@ -1,8 +1,9 @@
 """`python -m benchmarks.gpu`: is every op right on the GPU at hand, and how fast is it?
 
 Correctness first, then speed beside the peers, within a budget of time; the last thing printed is a
-short table of the targets, and one JSON holds everything. `--device cpu --small` does what a
-machine without a GPU can, in seconds.
+short table of the targets, and one JSON holds everything. All runs in a process aside, so that a
+kernel that hangs or spoils the GPU costs its own measurements alone. `--device cpu --small` does
+what a machine without a GPU can, in seconds.
 """
 
 from __future__ import annotations
@@ -24,11 +25,18 @@ from benchmarks.conditions import conditions
 from benchmarks.ops import OPS, Shape
 from benchmarks.peers import installed
 from benchmarks.targets import Target
+from benchmarks.worker import CallError, LostError, Worker
 from medfast.ops import dispatch
 
 BUDGET_S = 460.0
 # Of it, what the checks may take before the rest of them is left out.
 CHECKS_S = 150.0
+# After so long a check hangs; a comparison after so many times its cost, and what compilers take.
+CHECK_S = 60.0
+COST_FACTOR, COMPILERS_S = 2.0, 30.0
+
+# Implementations of a table's op that lost a process, and how.
+Losses = dict[tuple[str, str], str]
 
 
 @dataclass(frozen=True)
@@ -170,13 +178,18 @@ class Budget:
         return f"about {cost_s:.0f} s would burst the budget of {limit:.0f} s"
 
 
-def run_checks(device: str, budget: Budget, small: bool) -> Iterator[dict[str, Any]]:
-    """Yield one row per check: "passed" is None where it was left out for the "reason"."""
+def run_checks(
+    device: str, budget: Budget, small: bool, worker: Worker, losses: Losses
+) -> Iterator[dict[str, Any]]:
+    """Yield one row per check: "passed" is None where it was left out for the "reason".
+
+    An implementation that loses the process is noted among the losses, and asked no more.
+    """
     for check in CHECKS:
         # The sizes outside: what the budget cuts off is the largest, of all ops alike.
         for shape in check.shapes:
             for subject in _subjects(check, device):
-                yield _answer(check, shape, subject, budget, small)
+                yield _answer(check, shape, subject, budget, small, worker, losses)
 
 
 def _subjects(check: Check, device: str) -> Iterator[Subject]:
@@ -191,7 +204,13 @@ def _subjects(check: Check, device: str) -> Iterator[Subject]:
 
 
 def _answer(
-    check: Check, shape: Shape, subject: Subject, budget: Budget, small: bool
+    check: Check,
+    shape: Shape,
+    subject: Subject,
+    budget: Budget,
+    small: bool,
+    worker: Worker,
+    losses: Losses,
 ) -> dict[str, Any]:
     row: dict[str, Any] = {
         "check": check.ask.__name__,
@@ -207,12 +226,15 @@ def _answer(
         reason = "needs a GPU"
     if reason is None and small and shape[0] > _SMALL_B * 2:
         reason = "not in a small run"
-    reason = reason or budget.why_not(0, within=CHECKS_S)
+    key = (subject.op.table, subject.impl)
+    reason = reason or losses.get(key) or budget.why_not(0, within=CHECKS_S)
     if reason is None:
         try:
-            check.ask(subject, shape)
-        except Exception as error:  # whatever one kernel does, the others are still asked
-            row |= {"passed": False, "reason": f"{type(error).__name__}: {_first_line(error)}"}
+            worker.call(CHECK_S, check.ask, subject, shape)
+        except CallError as error:  # whatever one kernel does, the others are still asked
+            row |= {"passed": False, "reason": str(error)}
+            if isinstance(error, LostError):
+                losses[key] = f"not asked after {_title(row)}: {error}"
         else:
             row["passed"] = True
     else:
@@ -220,10 +242,17 @@ def _answer(
     return row
 
 
-def run_cases(device: str, budget: Budget, small: bool) -> Iterator[dict[str, Any]]:
-    """Yield one comparison per case, with its targets; one left out has the reason instead."""
+def run_cases(
+    device: str, budget: Budget, small: bool, worker: Worker, losses: Losses
+) -> Iterator[dict[str, Any]]:
+    """Yield one comparison per case, with its targets; one left out has the reason instead.
+
+    Implementations among the losses take no part.
+    """
     for case in CASES:
         shape, options = case.shape, {"seconds": 4.0, **case.options}
+        lost = [f"medfast {i} *" for table, i in losses if table == OPS[case.op].table]
+        options["without"] = (*options.get("without", ()), *lost)
         reason = budget.why_not(0 if small else case.cost_s)
         comparison: dict[str, Any] = {
             "op": case.op,
@@ -238,11 +267,13 @@ def run_cases(device: str, budget: Budget, small: bool) -> Iterator[dict[str, An
             if small:
                 few = min(_SMALL_B, OPS[case.op].few)
                 shape = (min(shape[0], few), *(min(x, _SMALL_B) for x in shape[1:-1]), _SMALL_D)
-                options |= {"seconds": 0.1, "without": ("*compiled",), "with_memory": False}
+                options |= {"seconds": 0.1, "with_memory": False}
+                options["without"] = (*options["without"], "*compiled")
+            limit = COST_FACTOR * case.cost_s + COMPILERS_S
             try:
-                comparison = compare(case.op, shape, device=device, **options)
-            except Exception as error:  # a speed that is missing does not cost the others
-                reason = f"{type(error).__name__}: {_first_line(error)}"
+                comparison = worker.call(limit, compare, case.op, shape, device=device, **options)
+            except CallError as error:  # a speed that is missing does not cost the others
+                reason = str(error)
         if reason is not None:
             comparison["reason"] = reason
         judged = [targets.judge(target, comparison) for target in case.wanted]
@@ -265,19 +296,20 @@ def run_cases(device: str, budget: Budget, small: bool) -> Iterator[dict[str, An
 
 def run(device: str, small: bool, save: Callable[..., Path]) -> int:
     """Run everything, saving after each part; return the exit code."""
-    budget = Budget(BUDGET_S)
+    budget, losses = Budget(BUDGET_S), Losses()
     found: dict[str, Any] = {"peers": installed(), "checks": [], "comparisons": []}
-    for row in run_checks(device, budget, small):
-        found["checks"].append(row)
-        if row["passed"] is False:
-            _say(budget, f"WRONG {_title(row)}: {row['reason']}")
-    save(**found)
-    _say(budget, f"{len(found['checks'])} checks done")
-    for comparison in run_cases(device, budget, small):
-        found["comparisons"].append(comparison)
-        path = save(**found)
-        for line in _rows(comparison):
-            _say(budget, line)
+    with Worker() as worker:
+        for row in run_checks(device, budget, small, worker, losses):
+            found["checks"].append(row)
+            if row["passed"] is False:
+                _say(budget, f"WRONG {_title(row)}: {row['reason']}")
+        save(**found)
+        _say(budget, f"{len(found['checks'])} checks done")
+        for comparison in run_cases(device, budget, small, worker, losses):
+            found["comparisons"].append(comparison)
+            path = save(**found)
+            for line in _rows(comparison):
+                _say(budget, line)
     print(summary(found, device, budget))
     print(f"wrote {path}")
     wrong = any(row["passed"] is False for row in found["checks"])
@@ -332,10 +364,6 @@ def _title(row: dict[str, Any]) -> str:
 
 def _say(budget: Budget, text: str) -> None:
     print(f"{budget.spent():6.1f} s  {text}", flush=True)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def main() -> None:

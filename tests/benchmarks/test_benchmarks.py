@@ -1,6 +1,7 @@
 """The benchmarks measure what they say, and `benchmarks.gpu` runs where there is no GPU."""
 
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import errors, memory, results, targets
+from benchmarks import errors, gpu, memory, results, targets
 from benchmarks.compare import bind, compare, failures, fastest
 from benchmarks.conditions import conditions, machine
 from benchmarks.measure import Run, Timing, interleave, mm_rates
@@ -18,6 +19,7 @@ from benchmarks.ops import OPS, clip_truth, evaluate, paired_rank_truth, pairs
 from benchmarks.ops import errors as errors_of
 from benchmarks.peers import PACKAGES, Variant, topk_ranks, variants, why_not
 from benchmarks.targets import Target
+from benchmarks.worker import CallError, LostError, Worker
 from medfast.ops.clip import reference as clip_reference
 from medfast.ops.cyclip import reference as cyclip_reference
 from medfast.ops.siglip import reference as siglip_reference
@@ -331,6 +333,48 @@ def test_the_gpu_command_runs_without_one(tmp_path):
     assert {one["op"] for one in result["comparisons"]} == set(OPS)
     assert set(result["peers"]) == set(PACKAGES)
     assert all(row["reason"] for row in result["checks"] if row["passed"] is None)
+
+
+# A torch whose GPU fails every call, as after a kernel that read where it must not.
+SPOILED = """
+import sys, types
+def synchronize(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+cuda = types.SimpleNamespace(is_initialized=lambda: True, synchronize=synchronize)
+sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+"""
+
+
+def test_what_hangs_or_spoils_the_gpu_costs_its_own_process():
+    with Worker() as worker:
+        pids = [worker.call(60, os.getpid)]
+        with pytest.raises(CallError, match="ZeroDivisionError: ") as raised:
+            worker.call(60, operator.floordiv, 1, 0)
+        assert not isinstance(raised.value, LostError)
+        assert worker.call(60, os.getpid) == pids[0]
+        for message, seconds, function, argument in (
+            ("no answer within 1 s", 1, time.sleep, 600),
+            ("ended its process with code 3", 60, os._exit, 3),
+            ("RuntimeError: CUDA error: an illegal", 60, exec, SPOILED),
+        ):
+            with pytest.raises(LostError, match=message):
+                worker.call(seconds, function, argument)
+            pids.append(worker.call(60, os.getpid))
+    assert len({os.getpid(), *pids}) == 5
+
+
+def test_an_implementation_that_lost_a_process_is_asked_no_more():
+    class Loses:
+        def call(self, limit_s, ask, subject, shape):
+            if subject.impl == "torch":
+                raise LostError("no answer")
+
+    losses = {}
+    rows = list(gpu.run_checks("cpu", gpu.Budget(60), True, Loses(), losses))
+    assert set(losses) == {(op.table, "torch") for op in OPS.values()}
+    for key, reason in losses.items():
+        asked = [row for row in rows if (OPS[row["op"]].table, row["impl"]) == key]
+        assert [row["passed"] for row in asked].count(False) == 1
+        assert any(row.get("reason") == reason for row in asked)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
