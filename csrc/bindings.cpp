@@ -157,18 +157,18 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "local_alignment_attend",
       [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches,
-         uintptr_t similarity, uintptr_t patch_mask, float temperature, uintptr_t over_words,
-         uintptr_t attention, bool is_bf16) {
+         uintptr_t similarity, uintptr_t patch_mask, float temperature, uintptr_t attention,
+         bool is_bf16) {
         const auto pass = [&](auto* out) {
           medfast::local_alignment_attend(token_tile(starts, captions, images, patches),
                                           at<float>(similarity), at<float>(patch_mask),
-                                          temperature, at<float>(over_words), out);
+                                          temperature, out);
         };
         is_bf16 ? pass(at<medfast::bf16>(attention)) : pass(at<float>(attention));
       },
       py::arg("starts"), py::arg("captions"), py::arg("images"), py::arg("patches"),
-      py::arg("similarity"), py::arg("patch_mask"), py::arg("temperature"), py::arg("over_words"),
-      py::arg("attention"), py::arg("is_bf16"), no_gil);
+      py::arg("similarity"), py::arg("patch_mask"), py::arg("temperature"), py::arg("attention"),
+      py::arg("is_bf16"), no_gil);
   m.def(
       "local_alignment_scores",
       [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches,
@@ -188,16 +188,16 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "local_alignment_gradient",
       [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches,
-         uintptr_t similarity, uintptr_t over_words, uintptr_t attention, uintptr_t mixed,
-         uintptr_t norms, uintptr_t scores, uintptr_t d_scores, float temp_attention,
-         float temp_words, float min_norm, uintptr_t d_similarity, uintptr_t weighted,
+         uintptr_t similarity, uintptr_t patch_mask, uintptr_t mixed, uintptr_t norms,
+         uintptr_t scores, uintptr_t d_scores, float temp_attention, float temp_words,
+         float min_norm, uintptr_t attention, uintptr_t d_similarity, uintptr_t weighted,
          uintptr_t d_norms, bool is_bf16) {
-        const auto pass = [&](const auto* weights, auto* d_similar, auto* weighted_out) {
+        const auto pass = [&](auto* weights, auto* d_similar, auto* weighted_out) {
           return medfast::local_alignment_gradient(
               token_tile(starts, captions, images, patches), at<float>(similarity),
-              at<float>(over_words), weights, at<float>(mixed), at<float>(norms),
-              at<float>(scores), at<float>(d_scores), temp_attention, temp_words, min_norm,
-              d_similar, weighted_out, at<float>(d_norms));
+              at<float>(patch_mask), at<float>(mixed), at<float>(norms), at<float>(scores),
+              at<float>(d_scores), temp_attention, temp_words, min_norm, weights, d_similar,
+              weighted_out, at<float>(d_norms));
         };
         using medfast::bf16;
         const medfast::TemperatureGradients found =
@@ -206,9 +206,9 @@ PYBIND11_MODULE(_C, m) {
         return std::tuple(found.attention, found.words);
       },
       py::arg("starts"), py::arg("captions"), py::arg("images"), py::arg("patches"),
-      py::arg("similarity"), py::arg("over_words"), py::arg("attention"), py::arg("mixed"),
-      py::arg("norms"), py::arg("scores"), py::arg("d_scores"), py::arg("temp_attention"),
-      py::arg("temp_words"), py::arg("min_norm"), py::arg("d_similarity"), py::arg("weighted"),
+      py::arg("similarity"), py::arg("patch_mask"), py::arg("mixed"), py::arg("norms"),
+      py::arg("scores"), py::arg("d_scores"), py::arg("temp_attention"), py::arg("temp_words"),
+      py::arg("min_norm"), py::arg("attention"), py::arg("d_similarity"), py::arg("weighted"),
       py::arg("d_norms"), py::arg("is_bf16"), no_gil);
   m.def(
       "filip_loss_maxima",

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "bf16.h"
@@ -15,11 +16,22 @@ constexpr float kTiny = std::numeric_limits<float>::min();
 
 // The kernels below are about one caption of n words; columns = images * patches.
 
-// over_words = softmax of the similarity over the rows.
+// Memory of a thread for one caption.
+struct Scratch {
+  float* over_words;   // [n, columns]
+  float* d_sharpened;  // [n, columns]
+  float* of_words;     // [n, images]
+  float* highest;      // [columns], as the rest
+  float* sums;
+  float* row;
+};
+
+// over_words = softmax of the similarity over the rows, but for the division by its sums, which
+// become their inverses.
 MEDFAST_KERNEL void softmax_over_rows(const float* similarity, int64_t n, int64_t columns,
-                                      float* over_words, float* scratch) {
-  float* highest = scratch;
-  float* sums = scratch + columns;
+                                      Scratch scratch) {
+  float* highest = scratch.highest;
+  float* sums = scratch.sums;
   for (int64_t c = 0; c < columns; ++c) {
     highest[c] = similarity[c];
     sums[c] = 0;
@@ -31,7 +43,7 @@ MEDFAST_KERNEL void softmax_over_rows(const float* similarity, int64_t n, int64_
   }
   for (int64_t t = 0; t < n; ++t) {
     const float* row = similarity + t * columns;
-    float* out = over_words + t * columns;
+    float* out = scratch.over_words + t * columns;
 #pragma omp simd
     for (int64_t c = 0; c < columns; ++c) {
       out[c] = exponential(row[c] - highest[c]);
@@ -40,44 +52,41 @@ MEDFAST_KERNEL void softmax_over_rows(const float* similarity, int64_t n, int64_
   }
 #pragma omp simd
   for (int64_t c = 0; c < columns; ++c) sums[c] = 1.0f / sums[c];
-  for (int64_t t = 0; t < n; ++t) {
-    float* out = over_words + t * columns;
-#pragma omp simd
-    for (int64_t c = 0; c < columns; ++c) out[c] *= sums[c];
-  }
 }
 
-// attention = softmax of temperature * over_words over the patches of one row of one image.
+// Divides a row of over_words by its sums; attention = softmax of temperature times that.
 template <class Operand>
-MEDFAST_KERNEL void softmax_of_row(const float* over_words, const float* mask, int64_t patches,
-                                   float temperature, Operand* attention, float* scratch) {
+MEDFAST_KERNEL void softmax_of_row(float* over_words, const float* inverse_sums, const float* mask,
+                                   int64_t patches, float temperature, Operand* attention,
+                                   float* row) {
   float highest = -INFINITY;
 #pragma omp simd reduction(max : highest)
   for (int64_t p = 0; p < patches; ++p) {
+    over_words[p] *= inverse_sums[p];
     const float x = mask[p] > 0.0f ? temperature * over_words[p] : -INFINITY;
     highest = x > highest ? x : highest;
   }
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t p = 0; p < patches; ++p) {
-    scratch[p] = mask[p] * exponential(temperature * over_words[p] - highest);
-    sum += scratch[p];
+    row[p] = mask[p] * exponential(temperature * over_words[p] - highest);
+    sum += row[p];
   }
   const float inverse = 1.0f / sum;
 #pragma omp simd
-  for (int64_t p = 0; p < patches; ++p) store(scratch[p] * inverse, attention + p);
+  for (int64_t p = 0; p < patches; ++p) store(row[p] * inverse, attention + p);
 }
 
 template <class Operand>
 MEDFAST_KERNEL void attend_caption(const float* similarity, const float* patch_mask, int64_t n,
                                    int64_t images, int64_t patches, float temperature,
-                                   float* over_words, Operand* attention, float* scratch) {
-  softmax_over_rows(similarity, n, images * patches, over_words, scratch);
+                                   Operand* attention, Scratch scratch) {
+  softmax_over_rows(similarity, n, images * patches, scratch);
   for (int64_t t = 0; t < n; ++t)
     for (int64_t j = 0; j < images; ++j) {
       const int64_t at = (t * images + j) * patches;
-      softmax_of_row(over_words + at, patch_mask + j * patches, patches, temperature,
-                     attention + at, scratch);
+      softmax_of_row(scratch.over_words + at, scratch.sums + j * patches, patch_mask + j * patches,
+                     patches, temperature, attention + at, scratch.row);
     }
 }
 
@@ -126,17 +135,20 @@ MEDFAST_KERNEL void score_caption(const float* similarity, const Operand* attent
 }
 
 template <class Operand>
-MEDFAST_KERNEL void gradient_caption(const float* similarity, const float* over_words,
-                                     const Operand* attention, const float* mixed,
-                                     const float* norms, const float* scores,
+MEDFAST_KERNEL void gradient_caption(const float* similarity, const float* patch_mask,
+                                     const float* mixed, const float* norms, const float* scores,
                                      const float* d_scores, int64_t n, int64_t images,
                                      int64_t patches, float temp_attention, float temp_words,
-                                     float min_norm, Operand* d_similarity, Operand* weighted,
-                                     float* d_norms, TemperatureGradients* d_temperatures,
-                                     float* scratch, float* d_sharpened, float* d_dots) {
+                                     float min_norm, Operand* attention, Operand* d_similarity,
+                                     Operand* weighted, float* d_norms,
+                                     TemperatureGradients* d_temperatures, Scratch scratch) {
   const int64_t columns = images * patches;
-  float* column_sums = scratch;
-  float* d_row = scratch + columns;
+  attend_caption(similarity, patch_mask, n, images, patches, temp_attention, attention, scratch);
+  const float* over_words = scratch.over_words;
+  float* d_sharpened = scratch.d_sharpened;
+  float* d_dots = scratch.of_words;
+  float* column_sums = scratch.sums;
+  float* d_row = scratch.row;
   std::fill(column_sums, column_sums + columns, 0.0f);
   double d_attention_total = 0;
   double d_words_total = 0;
@@ -196,71 +208,69 @@ MEDFAST_KERNEL void gradient_caption(const float* similarity, const float* over_
   *d_temperatures = {d_attention_total, d_words_total};
 }
 
+// Calls pass(caption, scratch) for all, by all threads, in turn, since captions are sorted by
+// length.
+template <class Pass>
+void for_each_caption(const TokenTile& tile, const Pass& pass) {
+  const int64_t most = tile.longest();
+  const int64_t columns = tile.columns();
+#pragma omp parallel
+  {
+    std::vector<float> of_words(most * tile.images), of_columns(3 * columns);
+    // Of pages that nobody touches nothing is there.
+    const std::unique_ptr<float[]> of_tile(new float[2 * most * columns]);
+    const Scratch scratch{of_tile.get(),
+                          of_tile.get() + most * columns,
+                          of_words.data(),
+                          of_columns.data(),
+                          of_columns.data() + columns,
+                          of_columns.data() + 2 * columns};
+#pragma omp for schedule(static, 1)
+    for (int64_t c = 0; c < tile.captions; ++c) pass(c, scratch);
+  }
+}
+
 }  // namespace
 
 template <class Operand>
 void local_alignment_attend(const TokenTile& tile, const float* similarity,
-                            const float* patch_mask, float temperature, float* over_words,
-                            Operand* attention) {
-  const int64_t columns = tile.columns();
-#pragma omp parallel
-  {
-    std::vector<float> scratch(2 * columns);
-    // In turn, since captions are sorted by length.
-#pragma omp for schedule(static, 1)
-    for (int64_t c = 0; c < tile.captions; ++c) {
-      const int64_t at = tile.starts[c] * columns;
-      run<attend_caption<Operand>>(similarity + at, patch_mask,
-                                   tile.words(c), tile.images, tile.patches, temperature, over_words + at, attention + at, scratch.data());
-    }
-  }
+                            const float* patch_mask, float temperature, Operand* attention) {
+  for_each_caption(tile, [&](int64_t c, const Scratch& scratch) {
+    const int64_t at = tile.starts[c] * tile.columns();
+    run<attend_caption<Operand>>(similarity + at, patch_mask, tile.words(c), tile.images,
+                                 tile.patches, temperature, attention + at, scratch);
+  });
 }
 
 template <class Operand>
 void local_alignment_scores(const TokenTile& tile, const float* similarity,
                             const Operand* attention, const float* mixed, const float* norms,
                             float temperature, float min_norm, float* scores) {
-  const int64_t columns = tile.columns();
-  const int64_t most = tile.longest();
-#pragma omp parallel
-  {
-    std::vector<float> logits(most);
-#pragma omp for schedule(static, 1)
-    for (int64_t c = 0; c < tile.captions; ++c) {
-      const int64_t row = tile.starts[c];
-      const int64_t at = row * columns;
-      run<score_caption<Operand>>(similarity + at, attention + at, mixed + at, norms + row,
-                                  tile.words(c), tile.images, tile.patches, temperature,
-                                  min_norm, scores + c * tile.images, logits.data());
-    }
-  }
+  for_each_caption(tile, [&](int64_t c, const Scratch& scratch) {
+    const int64_t row = tile.starts[c];
+    const int64_t at = row * tile.columns();
+    run<score_caption<Operand>>(similarity + at, attention + at, mixed + at, norms + row,
+                                tile.words(c), tile.images, tile.patches, temperature, min_norm,
+                                scores + c * tile.images, scratch.of_words);
+  });
 }
 
 template <class Operand>
 TemperatureGradients local_alignment_gradient(
-    const TokenTile& tile, const float* similarity, const float* over_words,
-    const Operand* attention, const float* mixed, const float* norms, const float* scores,
-    const float* d_scores, float temp_attention, float temp_words, float min_norm,
-    Operand* d_similarity, Operand* weighted, float* d_norms) {
-  const int64_t columns = tile.columns();
-  const int64_t most = tile.longest();
+    const TokenTile& tile, const float* similarity, const float* patch_mask, const float* mixed,
+    const float* norms, const float* scores, const float* d_scores, float temp_attention,
+    float temp_words, float min_norm, Operand* attention, Operand* d_similarity,
+    Operand* weighted, float* d_norms) {
   std::vector<TemperatureGradients> by_caption(tile.captions);
-#pragma omp parallel
-  {
-    std::vector<float> scratch(2 * columns), d_sharpened(most * columns),
-        d_dots(most * tile.images);
-#pragma omp for schedule(static, 1)
-    for (int64_t c = 0; c < tile.captions; ++c) {
-      const int64_t row = tile.starts[c];
-      const int64_t at = row * columns;
-      run<gradient_caption<Operand>>(
-          similarity + at, over_words + at, attention + at, mixed + at, norms + row,
-          scores + c * tile.images, d_scores + c * tile.images, tile.words(c),
-          tile.images, tile.patches, temp_attention, temp_words, min_norm, d_similarity + at,
-          weighted + at, d_norms + row, &by_caption[c], scratch.data(), d_sharpened.data(),
-          d_dots.data());
-    }
-  }
+  for_each_caption(tile, [&](int64_t c, const Scratch& scratch) {
+    const int64_t row = tile.starts[c];
+    const int64_t at = row * tile.columns();
+    run<gradient_caption<Operand>>(similarity + at, patch_mask, mixed + at, norms + row,
+                                   scores + c * tile.images, d_scores + c * tile.images,
+                                   tile.words(c), tile.images, tile.patches, temp_attention,
+                                   temp_words, min_norm, attention + at, d_similarity + at,
+                                   weighted + at, d_norms + row, &by_caption[c], scratch);
+  });
   TemperatureGradients total{};
   for (const TemperatureGradients& part : by_caption) {
     total.attention += part.attention;
@@ -271,12 +281,12 @@ TemperatureGradients local_alignment_gradient(
 
 #define MEDFAST_INSTANTIATE(Operand)                                                             \
   template void local_alignment_attend(const TokenTile&, const float*, const float*, float,      \
-                                       float*, Operand*);                                        \
+                                       Operand*);                                                \
   template void local_alignment_scores(const TokenTile&, const float*, const Operand*,           \
                                        const float*, const float*, float, float, float*);        \
   template TemperatureGradients local_alignment_gradient(                                        \
-      const TokenTile&, const float*, const float*, const Operand*, const float*, const float*,  \
-      const float*, const float*, float, float, float, Operand*, Operand*, float*);
+      const TokenTile&, const float*, const float*, const float*, const float*, const float*,    \
+      const float*, float, float, float, Operand*, Operand*, Operand*, float*);
 MEDFAST_INSTANTIATE(float)
 MEDFAST_INSTANTIATE(bf16)
 

@@ -8,13 +8,12 @@
 
 namespace medfast {
 
-// over_words: softmax of the similarity over each caption's words, for every patch. attention:
-// softmax over the patches of each image of temperature * over_words, 0 where patch_mask [g, P] is
-// 0. Operand is float or bf16.
+// attention: with the softmax of the similarity over each caption's words, for every patch, the
+// softmax over the patches of each image of temperature times that, 0 where patch_mask [g, P] is 0.
+// Operand is float or bf16.
 template <class Operand>
 void local_alignment_attend(const TokenTile& tile, const float* similarity,
-                            const float* patch_mask, float temperature, float* over_words,
-                            Operand* attention);
+                            const float* patch_mask, float temperature, Operand* attention);
 
 // With mixed = attention * Gram matrix and norms [N] of the words: scores [captions, g], the
 // log-sum-exp of temperature * cosine over each caption's words.
@@ -29,13 +28,14 @@ struct TemperatureGradients {
 };
 
 // From scores and d_scores [captions, g]: d_similarity, weighted = attention times twice the
-// gradient of |context|^2, and what it adds to the gradients of the norms, d_norms [N]. similarity
-// and d_similarity may be the same, as may mixed and weighted.
+// gradient of |context|^2, and what it adds to the gradients of the norms, d_norms [N]. attention is
+// written, as local_alignment_attend does: to compute it again is cheaper than to read what that
+// would have to keep.
 template <class Operand>
 TemperatureGradients local_alignment_gradient(
-    const TokenTile& tile, const float* similarity, const float* over_words,
-    const Operand* attention, const float* mixed, const float* norms, const float* scores,
-    const float* d_scores, float temp_attention, float temp_words, float min_norm,
-    Operand* d_similarity, Operand* weighted, float* d_norms);
+    const TokenTile& tile, const float* similarity, const float* patch_mask, const float* mixed,
+    const float* norms, const float* scores, const float* d_scores, float temp_attention,
+    float temp_words, float min_norm, Operand* attention, Operand* d_similarity,
+    Operand* weighted, float* d_norms);
 
 }  // namespace medfast

@@ -20,7 +20,7 @@ from medfast.ops.workspace import workspace_bytes
 
 # On a CPU, tiles that stay in cache and yet give efficient products: entries of all that are held
 # at once, and columns.
-CPU_ENTRIES = 2**23
+CPU_ENTRIES = 2**24
 CPU_COLUMNS = 800
 
 

@@ -30,7 +30,8 @@ class Tile:
     images: Images
     norms: Tensor  # [N], of the words
     similarity: Tensor  # [N, g, P]
-    over_words: Tensor  # [N, g, P], softmax of the similarity over each caption's words
+    # [N, g, P], softmax of the similarity over each caption's words; empty if attends_again
+    over_words: Tensor
     attention: Tensor  # [N, g, P], as products take it
     mixed: Tensor  # [N, g, P], attention times Gram matrix
 
@@ -40,12 +41,14 @@ class Passes:
 
     # Captions that are padded to one length.
     block = 8
+    # Whether `gradient` computes the attention itself.
+    attends_again = False
 
     def __init__(self, temp_attention: Tensor, temp_words: Tensor) -> None:
         self.temp_attention, self.temp_words = temp_attention, temp_words
 
     def attend(self, tile: Tile) -> None:
-        """Write both softmaxes of the similarity."""
+        """Write both softmaxes of the similarity, the attention alone if `attends_again`."""
         similarity = tile.similarity.index_fill(0, tile.words.padding, -torch.inf)
         for block in tile.words.blocks:
             torch.softmax(block.of(similarity), 1, out=block.of(tile.over_words))
@@ -120,7 +123,8 @@ class _Walk:
         self._plan, self._passes = plan, passes
         self._kept, self._is_known = kept, is_known
         self.norms = [words.features.norm(dim=1, dtype=plan.dtype) for words in plan.groups]
-        self._similarity, self._over_words, self._mixed = (plan.buffer(plan.dtype) for _ in "swm")
+        self._similarity, self._mixed = plan.buffer(plan.dtype), plan.buffer(plan.dtype)
+        self._over_words = None if passes.attends_again else plan.buffer(plan.dtype)
         self._attention = plan.buffer(plan.operand)
 
     def grams(self, images: Images) -> Tensor:
@@ -133,7 +137,9 @@ class _Walk:
         """Return how the words of group k attend to the images."""
         words = self._plan.groups[k]
         similarity, mixed = (x.of(words, images) for x in (self._similarity, self._mixed))
-        over_words, attention = (x.of(words, images) for x in (self._over_words, self._attention))
+        attention = self._attention.of(words, images)
+        empty = similarity.new_empty(0)
+        over_words = empty if self._over_words is None else self._over_words.of(words, images)
         is_known = False
         if 2 * similarity.numel() <= len(self._kept):
             is_known = self._is_known
@@ -143,7 +149,8 @@ class _Walk:
         tile = Tile(words, images, self.norms[k], similarity, over_words, attention, mixed)
         if not is_known:
             images.similarity(words, similarity)
-        self._passes.attend(tile)
+        if not (is_known and self._passes.attends_again):
+            self._passes.attend(tile)
         if not is_known:
             bmm_into(mixed.transpose(0, 1), attention.transpose(0, 1), grams)
         return tile

@@ -12,23 +12,19 @@ from medfast.ops.local_alignment.reference import MIN_NORM
 
 class CpuPasses(Passes):
     block = 1
+    attends_again = True
 
     def __init__(self, temp_attention: Tensor, temp_words: Tensor) -> None:
         super().__init__(temp_attention, temp_words)
         self._attention, self._words = temp_attention.item(), temp_words.item()
 
     def attend(self, tile: Tile) -> None:
-        _, g, P = tile.similarity.shape
-        if tile.images.mask is None:
-            mask = tile.similarity.new_ones(g, P)
-        else:
-            mask = tile.images.mask.to(tile.similarity.dtype)
+        mask = _patch_mask(tile)
         _C.local_alignment_attend(
             *_shape(tile),
             tile.similarity.data_ptr(),
             mask.data_ptr(),
             self._attention,
-            tile.over_words.data_ptr(),
             tile.attention.data_ptr(),
             _is_bf16(tile),
         )
@@ -51,12 +47,12 @@ class CpuPasses(Passes):
     def gradient(
         self, tile: Tile, scores: Tensor, d_scores: Tensor, d_similarity: Tensor, weighted: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        mask = _patch_mask(tile)
         d_norms = torch.zeros_like(tile.norms)
         d_temps = _C.local_alignment_gradient(
             *_shape(tile),
             tile.similarity.data_ptr(),
-            tile.over_words.data_ptr(),
-            tile.attention.data_ptr(),
+            mask.data_ptr(),
             tile.mixed.data_ptr(),
             tile.norms.data_ptr(),
             scores.data_ptr(),
@@ -64,6 +60,7 @@ class CpuPasses(Passes):
             self._attention,
             self._words,
             MIN_NORM,
+            tile.attention.data_ptr(),
             d_similarity.data_ptr(),
             weighted.data_ptr(),
             d_norms.data_ptr(),
@@ -78,6 +75,13 @@ class CpuPasses(Passes):
 def _shape(tile: Tile) -> tuple[int, int, int, int]:
     _, g, P = tile.similarity.shape
     return tile.words.starts.data_ptr(), len(tile.words.blocks), g, P
+
+
+def _patch_mask(tile: Tile) -> Tensor:
+    """Return 1 for every patch that counts and 0 for the others, [g, P]."""
+    if tile.images.mask is None:
+        return tile.similarity.new_ones(tile.similarity.shape[1:])
+    return tile.images.mask.to(tile.similarity.dtype)
 
 
 def _is_bf16(tile: Tile) -> bool:
