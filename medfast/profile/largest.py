@@ -17,6 +17,9 @@ from medfast.trainer import Trainer
 
 # Pairs beyond which nobody looks.
 MOST = 2**16
+# How many times the pairs that were measured a parabola is trusted: with few pairs the square,
+# which decides in the end, is lost in what allocators and libraries do.
+_FURTHEST = 16
 # Bytes between two peaks below which allocators and libraries decide, not the pairs.
 _LEAST_GROWTH = 2**24
 
@@ -27,8 +30,8 @@ class Largest:
 
     Attributes:
         pairs: That fit; 0 if none do.
-        too_many: The fewest that were found not to fit, at most a sixteenth more; None if even
-            `MOST` fit.
+        too_many: The fewest that were found not to fit, at most a sixteenth more; None if all fit
+            that were looked at.
         is_predicted: Whether it follows from peaks of memory at smaller sizes, and was not tried.
     """
 
@@ -83,10 +86,12 @@ def predict_largest(trainer: Trainer, batch: Batch) -> Largest | None:
     most = memory_for_steps(trainer.device)
     # The first step makes the optimiser's state.
     peaks = [_peak(trainer, batch, size) for size in (sizes[0], *sizes)][1:]
-    peak = extrapolated(sizes, peaks, trainer.config.fused_loss == "reference")
+    has_square = trainer.config.fused_loss == "reference"
+    peak = extrapolated(sizes, peaks, has_square)
     if peak is None or peaks[-1] - peaks[0] < _LEAST_GROWTH:
         return None
-    return Largest(*search(lambda pairs: peak(pairs) <= most, full), is_predicted=True)
+    until = min(MOST, _FURTHEST * full) if has_square else MOST
+    return Largest(*search(lambda pairs: peak(pairs) <= most, full, until), is_predicted=True)
 
 
 def _peak(trainer: Trainer, batch: Batch, pairs: int) -> int:
@@ -124,7 +129,7 @@ def extrapolated(
     return peak
 
 
-def search(fits: Callable[[int], bool], start: int) -> tuple[int, int | None]:
+def search(fits: Callable[[int], bool], start: int, most: int = MOST) -> tuple[int, int | None]:
     """Return the most pairs that fit, and the fewest known not to, at most a sixteenth more.
 
     It doubles, then halves what is between.
@@ -132,14 +137,15 @@ def search(fits: Callable[[int], bool], start: int) -> tuple[int, int | None]:
     Args:
         fits: Whether so many do.
         start: Where to begin.
+        most: Pairs beyond which it does not look.
 
     Returns:
-        Both; 0 where none fit, None where `MOST` do.
+        Both; 0 where none fit, None where `most` do.
     """
-    good, bad, size = 0, None, min(start, MOST)
-    while bad is None and good < MOST:
+    good, bad, size = 0, None, min(start, most)
+    while bad is None and good < most:
         if fits(size):
-            good, size = size, min(2 * size, MOST)
+            good, size = size, min(2 * size, most)
         else:
             bad = size
     # A single pair is no batch.

@@ -11,7 +11,15 @@ import torch
 from medfast.data.loader import Batch
 from medfast.data.skipped import Skipped
 from medfast.data.tokens import Masked, Tokens
-from medfast.profile.largest import MOST, extrapolated, resized, search, try_largest
+from medfast.profile import largest
+from medfast.profile.largest import (
+    MOST,
+    extrapolated,
+    predict_largest,
+    resized,
+    search,
+    try_largest,
+)
 from medfast.profile.memory import OutOfMemoryError, free_memory, naming_lack
 
 
@@ -29,6 +37,23 @@ def test_the_search_says_that_none_fits_or_that_all_do():
     assert search(lambda pairs: False, 64) == (0, 2)
     assert search(lambda pairs: True, 64) == (MOST, None)
     assert search(lambda pairs: True, 10 * MOST) == (MOST, None)
+
+
+@pytest.mark.parametrize(("impl", "most"), [("reference", 16 * 32), ("auto", MOST)])
+def test_a_parabola_is_not_trusted_far_beyond_what_was_measured(batch, monkeypatch, impl, most):
+    sizes = []
+    trainer = SimpleNamespace(
+        train_step=lambda batches: sizes.append(len(batches[0])),
+        parts=1,
+        device=torch.device("cpu"),
+        config=SimpleNamespace(batch_size=32, fused_loss=impl),
+    )
+    monkeypatch.setattr(largest, "forget_peak_memory", lambda device: 0)
+    monkeypatch.setattr(largest, "peak_memory", lambda device: 2**21 * sizes[-1])
+    monkeypatch.setattr(largest, "memory_for_steps", lambda device: 2**50)
+    found = predict_largest(trainer, batch)
+    assert sizes == [8, 8, 16, 32]
+    assert (found.pairs, found.too_many) == (most, None)
 
 
 def test_a_line_goes_on_straight_and_a_parabola_bends():
