@@ -61,7 +61,7 @@ def draw_profile(plan: Plan, point: Point, path: Path) -> None:
     times.legend(ncols=5, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     peaks.set_xticks(range(len(phases.PHASES)), phases.PHASES, rotation=30, ha="right", fontsize=8)
     peaks.set_ylabel("peak memory, MB")
-    peaks.legend(fontsize=8, frameon=False)
+    peaks.legend(ncols=2, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     figure.suptitle(_title(plan, point.measured[0].device), fontsize=9)
     _save(figure, path)
 
