@@ -41,7 +41,9 @@ def parse_profile(argv: Sequence[str] | None = None) -> Plan:
         help="Folder of the JSON and the picture. (default: profiles/ and method, model and time)",
     )
     group.add_argument(
-        "--trace", metavar="FILE", help="Also write a Chrome trace of a few steps, as .json or .gz."
+        "--trace",
+        metavar="FILE",
+        help="Also write a Chrome trace of a few steps, as .json or .json.gz.",
     )
     given = vars(parser.parse_args(argv))
     own = {name: given.pop(name, None) for name in ("steps", "sweep", "out", "trace")}
