@@ -134,3 +134,7 @@ def _write(path: Path, flag: str, write: Callable[[Path], None]) -> None:
         beside.replace(path)
     except OSError as error:
         raise UsageError(f"{flag} {path} cannot be written: {error.strerror}.") from None
+
+
+if __name__ == "__main__":
+    main()

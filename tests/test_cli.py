@@ -93,6 +93,13 @@ def test_unknown_command_names_the_nearest(capsys):
     assert "Did you mean 'train'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_is_a_module_too(name):
+    command = [sys.executable, "-m", f"medfast.{name}", "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.startswith("usage: medfast")
+
+
 def test_no_command_lists_them(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main([])
