@@ -264,7 +264,7 @@ def test_finetune_is_passed_on(command, data, monkeypatch):
         (["--device", "tpu"], "--device 'tpu' is not known"),
         (["--data", "roko:/data"], "--data 'roko' is not known. Did you mean 'roco'"),
         (["--data", "roco:/no/such"], "a folder that exists; /no/such does not"),
-        (["--data", "roco"], "roco:FOLDER"),
+        (["--data", "roco"], "roco:FOLDER with a folder that exists."),
         (["--data-root", "/no/such"], "--data-root /no/such: there is no such folder"),
         (["--batch-size", "0"], "--batch-size must be at least 1; got 0"),
         (["--workers", "-1"], "--workers must be at least 0; got -1"),

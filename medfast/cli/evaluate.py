@@ -143,8 +143,8 @@ def _evaluated(
             raise UsageError(unknown_name("--data", key, EVALUATIONS))
         if not own or not Path(own).expanduser().exists():
             raise UsageError(
-                f"--data {place}: it must be {key}:FOLDER with a folder that exists; "
-                f"{own or 'nothing'} does not."
+                f"--data {place}: it must be {key}:FOLDER with a folder that exists"
+                f"{f'; {own} does not' if own else ''}."
             )
         found[key] = Path(own).expanduser()
     for key in chosen or ():
