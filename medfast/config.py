@@ -501,6 +501,21 @@ def resumed(config: TrainConfig, given: Collection[str], saved: Mapping[str, Any
     return replace(own, **changes)
 
 
+def pairs_of_step(config: TrainConfig, pairs: int, world: int) -> tuple[int, int]:
+    """Return what a step takes of data that may hold fewer pairs than the settings ask for.
+
+    Args:
+        config: The settings.
+        pairs: Training pairs, at least one.
+        world: Processes that train together.
+
+    Returns:
+        The pairs that pass through the towers of all processes at a time, and how many times.
+    """
+    at_a_time = min(config.batch_size * world, pairs)
+    return at_a_time, min(config.accum_freq, pairs // at_a_time)
+
+
 def for_processes(config: TrainConfig, was: int, now: int) -> TrainConfig:
     """Return the settings by which `now` processes take the very steps that `was` took.
 

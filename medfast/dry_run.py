@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from medfast import parts
-from medfast.config import TrainConfig
+from medfast.config import TrainConfig, pairs_of_step
 from medfast.data.views import Extra
 
 if TYPE_CHECKING:
@@ -49,9 +49,10 @@ def describe(config: TrainConfig, method: Method, world: int = 1) -> str:
     else:
         sources = parts.data_sources(config)
         pairs = len(parts.read_pairs(config, sources, "train").records)
-    size = config.batch_size * config.accum_freq * world
-    steps = max(1, pairs // size)
-    in_parts = f", in {config.accum_freq} parts" if config.accum_freq > 1 else ""
+    at_a_time, times = pairs_of_step(config, pairs, world)
+    size = at_a_time * times
+    steps = pairs // size
+    in_parts = f", in {times} parts" if times > 1 else ""
     shared = f", by {world} processes" if world > 1 else ""
     cost = estimate(config, model, method)
     memory = ", ".join(f"{name} {_megabytes(part)}" for name, part in cost.memory.items())

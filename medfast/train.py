@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import random
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from medfast import __version__, cli, parts
-from medfast.config import TrainConfig, for_processes, resumed
+from medfast.config import TrainConfig, for_processes, pairs_of_step, resumed
 from medfast.data import SPLITS
 from medfast.errors import SharedError, UsageError
 
@@ -281,7 +282,7 @@ def fit_and_evaluate(
         "%s on %s: %.1f M parameters, %d epochs of %d steps of %d pairs",
         *(config.method, config.model, sum(p.numel() for p in model.parameters()) / 1e6),
         *(config.epochs, trainer.steps_per_epoch),
-        config.batch_size * config.accum_freq * processes.world,
+        math.prod(pairs_of_step(config, len(records), processes.world)),
     )
     trainer.fit()
     # The others have nothing to add, unless they hold parts of the weights.

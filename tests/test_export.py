@@ -432,6 +432,12 @@ def _rows(words, head):
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
 
 
+def test_the_card_has_the_pairs_that_a_step_really_had(run, export):
+    words = _card(export(run(batch_size=500, accum_freq=3)))
+    # Of 1,234, two processes take 1,000 at a time, once.
+    assert dict(_rows(words, "setting"))["pairs of a step"] == "1,000"
+
+
 def test_the_card_says_what_the_weights_are(run, export):
     folder = export(run(method="declip", batch_size=32, accum_freq=3, lock_text=True))
     front, words = _front(folder), _card(folder)

@@ -396,9 +396,19 @@ def test_a_single_training_pair_is_refused(own_phantom, tmp_path, refusal):
     assert list(tmp_path.glob("a")) == []
 
 
-def test_fewer_pairs_than_a_batch_train(own_phantom, tmp_path):
-    train.main(_argv(own_phantom, tmp_path, "--batch-size", "500", "--epochs", "1"))
-    assert _jsonl(tmp_path / "a" / "metrics.jsonl")[0]["samples"] == 96
+@pytest.mark.parametrize(
+    ("size", "parts", "says"),
+    [("500", "2", "1 steps of 96 pairs"), ("40", "9", "1 steps of 80 pairs")],
+)
+def test_fewer_pairs_than_a_step_asks_for_train_and_are_said(
+    own_phantom, tmp_path, capsys, size, parts, says
+):
+    more = ("--batch-size", size, "--accum-freq", parts, "--epochs", "1", "--method", "clip")
+    train.main(_argv(own_phantom, tmp_path, *more, "--dry-run"))
+    assert says in capsys.readouterr().out
+    train.main(_argv(own_phantom, tmp_path, *more, "--force-image-size", "32"))
+    assert says in capsys.readouterr().err
+    assert says.split()[3] == str(_jsonl(tmp_path / "a" / "metrics.jsonl")[0]["samples"])
 
 
 def test_odd_captions_train(own_phantom, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medfast.config import TrainConfig, flag
+from medfast.config import TrainConfig, flag, pairs_of_step
 from medfast.data import SOURCES
 from medfast.data.shards import MANIFEST, is_credentialed
 from medfast.data.sources import About
@@ -258,7 +259,7 @@ def _settings(trained: Trained) -> list[tuple[str, str]]:
         "image tower": config.lock_image or method_class(config.method).locks_image,
         "text tower": config.lock_text,
     }
-    per_step = config.batch_size * config.accum_freq * trained.world
+    per_step = math.prod(pairs_of_step(config, trained.pairs, trained.world))
     terms = " + ".join(f"{weight:g} {name}" for name, weight in trained.terms.items())
     shares = config.train_data_weights
     rows = {
