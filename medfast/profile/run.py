@@ -21,8 +21,8 @@ from medfast.config import TrainConfig, flag
 from medfast.cost import ModelFlops, model_flops
 from medfast.device import pick_device
 from medfast.distributed.processes import announced
-from medfast.errors import UsageError
-from medfast.parts import data_sources, new_method, prepare, published_tokenizer
+from medfast.errors import SharedError, UsageError
+from medfast.parts import data_sources, new_method, prepare, published_tokenizer, read_pairs
 from medfast.profile.measure import Measurement, measure
 from medfast.profile.memory import OutOfMemoryError, refuse_more_than_there_is
 from medfast.profile.plan import Plan
@@ -55,12 +55,29 @@ def run(plan: Plan) -> str:
             for impl in plan.impls:
                 new_method(dataclasses.replace(config, fused_loss=impl), device)
         # It writes the phantom, if need be, before any clock runs.
-        data_sources(plan.config)
+        _refuse_larger_than_data(plan)
         points = [_point(plan, config, number) for number, config in enumerate(plan.configs())]
         if cli.rank():
             return ""
         _write(plan, points)
     return table(plan, points)
+
+
+def _refuse_larger_than_data(plan: Plan) -> None:
+    """Refuse steps that would be of fewer pairs than their settings name.
+
+    Raises:
+        SharedError: the data hold fewer.
+        UsageError: they cannot be read.
+    """
+    there = len(read_pairs(plan.config, data_sources(plan.config), "train").records)
+    for config in plan.configs():
+        pairs = config.batch_size * config.accum_freq * announced()
+        if pairs > there:
+            raise SharedError(
+                f"--batch-size: a step takes {pairs:,} pairs, and the data hold {there:,} training "
+                "pairs; lower it or --accum-freq, or give more data, as with --phantom-pairs."
+            )
 
 
 def _point(plan: Plan, config: TrainConfig, number: int) -> Point:
