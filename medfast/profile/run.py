@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 # Why there is no measurement.
 OUT_OF_MEMORY = "out of memory"
-ENDED = "process was ended"
+ENDED = "process ended, as by a lack of memory"
 
 
 def run(plan: Plan) -> str:
@@ -96,9 +96,7 @@ def _point(plan: Plan, config: TrainConfig, number: int) -> Point:
         )
         # The processes of a run must go on together, and a single profile is about its settings.
         if isinstance(own, str) and (announced() > 1 or (is_fused and plan.swept is None)):
-            raise UsageError(
-                f"--fused-loss {impl}: {own}, as by a lack of memory; lower --batch-size."
-            )
+            raise UsageError(f"--fused-loss {impl}: {own}; lower --batch-size.")
         found.append(own)
     fused, reference = found
     measured = next((own for own in found if isinstance(own, Measurement)), None)

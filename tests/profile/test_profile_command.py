@@ -154,11 +154,11 @@ def test_a_sweep_goes_on_where_a_value_runs_out_of_memory(profiled):
     ]
     assert "320.0" in rows["32"]
     assert rows["32"].endswith("out of memory")
-    assert "process was ended" in rows["64"]
+    assert "process ended, as by a lack of memory" in rows["64"]
     assert [[own.get("failure") for own in point["variants"]] for point in points] == [
         [None, None],
         [None, "out of memory"],
-        ["process was ended", "out of memory"],
+        ["process ended, as by a lack of memory", "out of memory"],
     ]
     assert [point["batch_size_pairs"] for point in points] == [16, 32, 64]
 
@@ -241,7 +241,7 @@ def test_steps_that_do_not_fit_are_refused_and_leave_nothing(
     monkeypatch.setattr(running, "_in_fresh_process", lambda *_: running.OUT_OF_MEMORY)
     with pytest.raises(SystemExit, match="2"):
         profile.main(["--train-data", f"roco:{phantom}", "--out", str(tmp_path / "out")])
-    assert "--fused-loss auto: out of memory" in capsys.readouterr().err
+    assert "--fused-loss auto: out of memory; lower --batch-size." in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
