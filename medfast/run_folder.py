@@ -141,14 +141,17 @@ class RunFolder:
         rows = self.read_metrics()
         kept = [row for row in rows if row["step"] <= step]
         if len(kept) < len(rows):
-            part = self.metrics.with_suffix(".part")
-            part.unlink(missing_ok=True)
-            json_lines.append(part, kept)
-            part.replace(self.metrics)
+            _write_anew(self.metrics, kept)
 
     def write_results(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write `results.jsonl` anew."""
-        if self.rank:
-            return
-        self.results.unlink(missing_ok=True)
-        json_lines.append(self.results, rows)
+        if self.rank == 0:
+            _write_anew(self.results, rows)
+
+
+def _write_anew(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file of rows, beside and renamed: it is there as a whole or not at all."""
+    part = path.with_suffix(".part")
+    part.unlink(missing_ok=True)
+    json_lines.append(part, rows)
+    part.replace(path)

@@ -294,13 +294,14 @@ def fit_and_evaluate(
     log.info("evaluating the held-out split")
     embeddings = encoder.pairs(held_out(test), skipped)
     results = evaluate(config, encoder, embeddings, test, sources)
-    run.write_results(results)
     log.info("%s", cli.results_table(results))
     if len(skipped):
         log.info("%d samples could not be used; they are in %s", len(skipped), run.skipped)
     private = any(is_credentialed(source, root) for source, root in sources)
     write_run_report(config, run, method, encoder, test, embeddings, results, private=private)
     log.info("wrote %s", run.report)
+    # Last, because a run that has its results counts as done, its report included.
+    run.write_results(results)
     return processes.is_first
 
 

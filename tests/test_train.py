@@ -18,6 +18,7 @@ from medfast import checkpoint, train
 from medfast.data import read_split
 from medfast.data.exclude import exclusion_file
 from medfast.data.phantom import write_phantom
+from medfast.run_folder import RunFolder
 
 SHORT = ["--epochs", "2", "--batch-size", "16", "--workers", "0", "--warmup", "2"]
 
@@ -234,6 +235,18 @@ def test_a_finished_run_can_be_evaluated_again(phantom, tmp_path):
         json.loads(line)["metrics"] for line in results.splitlines()
     ]
     assert (tmp_path / "a" / "report.html").exists()
+
+
+def test_a_run_has_its_results_last_and_as_a_whole(short_run, tmp_path, monkeypatch):
+    run = Path(shutil.copytree(short_run, tmp_path / "a"))
+    before = (run / "results.jsonl").read_bytes()
+    monkeypatch.setattr(train, "write_run_report", lambda *args, **named: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main(["--resume", str(run / "checkpoints" / "epoch_2.pt")])
+    assert (run / "results.jsonl").read_bytes() == before
+    with pytest.raises(TypeError):
+        RunFolder(run).write_results([{"task": "retrieval"}, {"task": object()}])
+    assert (run / "results.jsonl").read_bytes() == before
 
 
 def test_resume_refuses_another_learning_rate(short_run, refusal):
