@@ -41,13 +41,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.run(command, "medfast.study")
 
 
-def versions() -> dict[str, str | None]:
-    """Return the versions of what runs now."""
-    from medfast.evals.provenance import provenance
-
-    return {name: value for name, value in provenance().items() if name != "command"}
-
-
 def run(study: Study, jobs: int) -> tuple[str, dict[str, str]]:
     """Run what is left of a study, and write its tables and its page.
 
@@ -66,7 +59,6 @@ def run(study: Study, jobs: int) -> tuple[str, dict[str, str]]:
     check_runnable(study)
     with locked(study) as lock:
         record = check(study)  # again: another study may have been at work until now
-        record.content["versions"] = versions()
         if study.suite is not None:
             record.content["phantom_suite"] = study.suite.is_phantom
         record.save()

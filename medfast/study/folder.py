@@ -91,7 +91,7 @@ def check(study: Study) -> Record:
                 f"--out {out} must be a study's folder, or new or empty; it has other files in "
                 "it. Name another folder."
             )
-        content = {"budget": study.budget, **made_with, "versions": {}, "jobs": 0, "seconds": {}}
+        content = {"budget": study.budget, **made_with, "jobs": 0, "seconds": {}}
     else:
         try:
             content = json.loads(text)
