@@ -96,7 +96,8 @@ def check(study: Study) -> Record:
         try:
             content = json.loads(text)
             differing = [name for name, value in made_with.items() if content[name] != value]
-            if not isinstance(content["seconds"], dict):
+            kinds = {"budget": str, "jobs": int, "seconds": dict}
+            if any(not isinstance(content[name], kind) for name, kind in kinds.items()):
                 raise TypeError
         except (ValueError, TypeError, KeyError):
             raise UsageError(

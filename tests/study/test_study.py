@@ -424,6 +424,18 @@ def test_a_damaged_file_is_named(fake, argv, tmp_path, capsys, name, says):
     assert says in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("key", ["budget", "methods", "settings", "pretrained", "jobs", "seconds"])
+def test_a_record_that_lacks_something_is_damaged(fake, argv, tmp_path, capsys, key):
+    study_command.main(argv("slip"))
+    path = tmp_path / "study" / "study.json"
+    record = json.loads(path.read_text())
+    del record[key]
+    path.write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match="2"):
+        study_command.main(argv("slip"))
+    assert "study.json is damaged" in capsys.readouterr().err.splitlines()[-1]
+
+
 # Numbers
 
 
