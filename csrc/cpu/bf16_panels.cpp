@@ -128,8 +128,9 @@ MEDFAST_KERNEL float upper(uint32_t pair) {
   return x;
 }
 
-MEDFAST_KERNEL void multiply_kernel(const uint32_t* a, const uint32_t* b, int64_t steps, float* to) {
-  std::fill(to, to + kPanel * kPanel, 0.0f);
+MEDFAST_KERNEL void multiply_kernel(const uint32_t* a, const uint32_t* b, int64_t steps,
+                                    bool accumulate, float* to) {
+  if (!accumulate) std::fill(to, to + kPanel * kPanel, 0.0f);
   for (int64_t step = 0; step < steps; ++step, a += kStepSize, b += kStepSize)
     for (int64_t i = 0; i < kPanel; ++i)
       for (int64_t pair = 0; pair < kTile; ++pair) {
@@ -145,21 +146,30 @@ MEDFAST_KERNEL void multiply_kernel(const uint32_t* a, const uint32_t* b, int64_
 }
 
 void multiply_anywhere(const uint32_t* a, const uint32_t* b, int64_t steps, int64_t, int64_t,
-                       float* to) {
-  run<multiply_kernel>(a, b, steps, to);
+                       bool accumulate, float* to) {
+  run<multiply_kernel>(a, b, steps, accumulate, to);
 }
 
 #if MEDFAST_HAS_AMX
 // Four tiles of sums, two of a and two of b, or fewer where the rest is not wanted.
 template <bool has_second_row, bool has_second_column>
-MEDFAST_AMX void multiply_tiles(const uint32_t* a, const uint32_t* b, int64_t steps, float* to) {
+MEDFAST_AMX void multiply_tiles(const uint32_t* a, const uint32_t* b, int64_t steps,
+                                bool accumulate, float* to) {
   // Compilers do not see that tiles are loaded from memory, and stored there.
   asm volatile("" ::: "memory");
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
   constexpr int64_t kRowBytes = 4 * kTile;
+  constexpr int64_t kSumBytes = 4 * kPanel;
+  if (accumulate) {
+    _tile_loadd(0, to, kSumBytes);
+    _tile_loadd(1, to + kTile, kSumBytes);
+    _tile_loadd(2, to + kTile * kPanel, kSumBytes);
+    _tile_loadd(3, to + kTile * kPanel + kTile, kSumBytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
   for (int64_t step = 0; step < steps; ++step, a += kStepSize, b += kStepSize) {
     _tile_loadd(4, a, kRowBytes);
     _tile_loadd(6, b, kRowBytes);
@@ -174,7 +184,6 @@ MEDFAST_AMX void multiply_tiles(const uint32_t* a, const uint32_t* b, int64_t st
     }
     if constexpr (has_second_row && has_second_column) _tile_dpbf16ps(3, 5, 7);
   }
-  constexpr int64_t kSumBytes = 4 * kPanel;
   _tile_stored(0, to, kSumBytes);
   _tile_stored(1, to + kTile, kSumBytes);
   _tile_stored(2, to + kTile * kPanel, kSumBytes);
@@ -183,12 +192,12 @@ MEDFAST_AMX void multiply_tiles(const uint32_t* a, const uint32_t* b, int64_t st
 }
 
 void multiply_amx(const uint32_t* a, const uint32_t* b, int64_t steps, int64_t rows,
-                  int64_t columns, float* to) {
+                  int64_t columns, bool accumulate, float* to) {
   const auto product = rows > kTile ? (columns > kTile ? multiply_tiles<true, true>
                                                        : multiply_tiles<true, false>)
                                     : (columns > kTile ? multiply_tiles<false, true>
                                                        : multiply_tiles<false, false>);
-  product(a, b, steps, to);
+  product(a, b, steps, accumulate, to);
 }
 #endif
 

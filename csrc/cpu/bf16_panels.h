@@ -1,5 +1,5 @@
 // Products of bf16 matrices in fp32, 32 x 32 entries at a time: what is done with them finds them
-// in the first level of cache.
+// in cache.
 
 #pragma once
 
@@ -27,8 +27,10 @@ constexpr int64_t kTileSize = kTile * kTile;
 constexpr int64_t kPanel = 2 * kTile;
 constexpr int64_t kStepDepth = 2 * kTile;
 constexpr int64_t kStepSize = 2 * kTileSize;
-// A panel of a stays in the first level of cache while so many of b pass by, which stay in the
-// second while a block of rows does; for a depth of kPanelDepth at most.
+// So many steps of a panel of a stay in the first level of cache while the same of so many panels of
+// b pass by. These stay in the second level while a block of rows does, if not deeper than
+// kPanelDepth.
+constexpr int64_t kStepsAtATime = 8;
 constexpr int64_t kPanelsAtATime = 16;
 constexpr int64_t kPanelDepth = 512;
 
@@ -44,9 +46,10 @@ struct Lines {
 // Packs a panel, zero where there is nothing: of a, `is_by_line`, or of b.
 void pack(Lines from, int64_t lines, int64_t depth, bool is_by_line, uint32_t* to);
 
-// Writes a product of two panels, [kPanel, kPanel]. Only `rows` and `columns` of it are wanted.
+// Writes a product of two panels, [kPanel, kPanel], or adds it. Only `rows` and `columns` of it are
+// wanted.
 using Multiply = void (*)(const uint32_t* a, const uint32_t* b, int64_t steps, int64_t rows,
-                          int64_t columns, float* to);
+                          int64_t columns, bool accumulate, float* to);
 Multiply chosen_multiply();
 
 // While it lives, this thread's tile registers have the shape that products need.
@@ -71,10 +74,10 @@ struct Blocks {
   int64_t depth;
 };
 
-// Calls use(product, which, i, j, height, width, is_first) for each [height, width] part of a @ b
-// at (i, j) of each of `count` products, whose rows are kPanel apart and which it may overwrite; a [rows, depth], b [depth, columns].
-// Where a block's depth is smaller, use is called for one after the other, with the same part by
-// the same thread or behind a barrier, first with is_first.
+// Calls use(product, which, i, j, height, width, is_first) for each [height, width] part, at (i, j),
+// of each of `count` products a @ b, a [rows, depth], b [depth, columns]. Rows of `product` are
+// kPanel apart; it may be overwritten. Where blocks are less deep, use is called for one after the
+// other, behind a barrier, first with is_first. No sum depends on the number of threads.
 template <class Use>
 void for_each_product(int64_t count, int64_t rows, int64_t columns, int64_t depth, Bf16Matrix a,
                       Bf16Matrix b, Blocks blocks, const Use& use) {
@@ -89,7 +92,7 @@ void for_each_product(int64_t count, int64_t rows, int64_t columns, int64_t dept
 #pragma omp parallel
   {
     uint32_t* packed_a = memory_of_a(ceil_div(blocks.rows, kPanel) * panel_size);
-    alignas(64) float product[kPanel * kPanel];
+    alignas(64) float products[kPanelsAtATime * kPanel * kPanel];
     const TileRegisters while_it_runs;
     for (int64_t k = 0; k < depth; k += most_steps * kStepDepth) {
       const int64_t part = std::min(most_steps * kStepDepth, depth - k);
@@ -114,16 +117,21 @@ void for_each_product(int64_t count, int64_t rows, int64_t columns, int64_t dept
           pack(from, bottom - i, part, true, packed_a + (i - top) / kPanel * panel_size);
         }
         for (int64_t first = left; first < right; first += kPanelsAtATime)
-          for (int64_t i = top; i < bottom; i += kPanel)
-            for (int64_t panel = first; panel < std::min(right, first + kPanelsAtATime); ++panel) {
-              const int64_t j = panel * kPanel;
-              const int64_t height = std::min(kPanel, bottom - i);
-              const int64_t width = std::min(kPanel, columns - j);
-              multiply(packed_a + (i - top) / kPanel * panel_size,
-                       packed_b + (which * panels + panel) * panel_size, steps, height, width,
-                       product);
-              use(product, which, i, j, height, width, k == 0);
-            }
+          for (int64_t i = top; i < bottom; i += kPanel) {
+            const int64_t last = std::min(right, first + kPanelsAtATime);
+            const int64_t height = std::min(kPanel, bottom - i);
+            const uint32_t* left_panel = packed_a + (i - top) / kPanel * panel_size;
+            for (int64_t step = 0; step < steps; step += kStepsAtATime)
+              for (int64_t panel = first; panel < last; ++panel)
+                multiply(left_panel + step * kStepSize,
+                         packed_b + (which * panels + panel) * panel_size + step * kStepSize,
+                         std::min(kStepsAtATime, steps - step), height,
+                         std::min(kPanel, columns - panel * kPanel), step > 0,
+                         products + (panel - first) * kPanel * kPanel);
+            for (int64_t panel = first; panel < last; ++panel)
+              use(products + (panel - first) * kPanel * kPanel, which, i, panel * kPanel, height,
+                  std::min(kPanel, columns - panel * kPanel), k == 0);
+          }
       }
     }
   }

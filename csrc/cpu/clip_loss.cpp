@@ -19,8 +19,8 @@ namespace {
 // and so the result, independent of the number of threads.
 constexpr int64_t kBlockRows = 64;
 constexpr int64_t kBlockColumns = 1024;
-// The same of products: of this depth, packed columns stay in the last level.
-constexpr int64_t kProductRows = 128;
+// The same of products.
+constexpr int64_t kProductRows = 256;
 constexpr int64_t kProductColumns = 4096;
 constexpr int32_t kLowest = -32768;
 
