@@ -422,7 +422,8 @@ def _local_alignment_loss_gradient_kernel(
     first_word = tl.load(starts_ptr + first_piece)
     temp_attention, temp_words = tl.load(temp_attention_ptr), tl.load(temp_words_ptr)
     scale, square_scale = 1.0 / tl.load(units_ptr), 1.0 / tl.load(units_ptr + 1)
-    d_temp_attention, d_temp_words = 0.0, 0.0
+    # Of one element: for Blackwell, Triton 3.6 fails at sums of a product's vectors to a scalar.
+    d_temp_attention, d_temp_words = tl.zeros((1,), tl.float32), 0.0
     for index in range(tl.program_id(0), tiles * images, tl.num_programs(0)):
         tile, image = tile_and_image(index, tiles, images)
         image = image.to(tl.int64)
@@ -507,7 +508,7 @@ def _local_alignment_loss_gradient_kernel(
                 d_attention += mixed_parts[k] * d_mixed[:, None]
                 # What softmax over the patches sends back, times the share.
                 d_shares = tl.where(mask, attention * d_attention * share, 0.0)
-                d_temp_attention += tl.sum(tl.sum(d_shares, 1), 0)
+                d_temp_attention += tl.sum(tl.sum(d_shares, 1, keep_dims=True), 0)
                 d_shares *= temp_attention
                 d_sum = tl.sum(by_slot(d_shares, SLOT, BLOCK_R, WIDTH), 1)
                 d_sum = tl.broadcast_to(d_sum[:, None, :], (SLOTS, SLOT, WIDTH))
@@ -516,7 +517,7 @@ def _local_alignment_loss_gradient_kernel(
                 ptrs = (d_similarity_ptr + offs)[:, None] + offs_p[None, :]
                 _store_clamped(ptrs, gradient, mask)
         # The chunk is not overwritten before the kernel ends, so no barrier.
-    tl.store(sums_ptr + 2 * tl.program_id(0), d_temp_attention)
+    tl.store(sums_ptr + 2 * tl.program_id(0) + tl.arange(0, 1), d_temp_attention)
     tl.store(sums_ptr + 2 * tl.program_id(0) + 1, d_temp_words)
 
 
