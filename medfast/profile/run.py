@@ -120,6 +120,12 @@ def _in_fresh_process(
             return OUT_OF_MEMORY
         except BrokenProcessPool:
             return ENDED
+        except BaseException:
+            # Whoever stops this does not want to wait for the steps in hand; and stopped twice, the
+            # pool would leave a process that waits for work.
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
 
 
 @functools.cache

@@ -2,9 +2,14 @@
 
 import dataclasses
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from threading import Timer
 
 import pytest
 from PIL import Image
@@ -259,3 +264,19 @@ def test_help_does_not_import_torch():
         "sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_interrupted_profile_leaves_no_process_behind(monkeypatch):
+    class Endless(ProcessPoolExecutor):
+        """Works for longer than anybody waits, whatever is asked."""
+
+        def submit(self, *_):
+            future = super().submit(time.sleep, 60)
+            Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            return future
+
+    monkeypatch.setattr(running, "ProcessPoolExecutor", Endless)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        running._in_fresh_process(TrainConfig(), 1, "name", None, False)
+    assert time.monotonic() - started < 50
