@@ -199,9 +199,7 @@ void multiply_amx(const uint32_t* a, const uint32_t* b, int64_t steps, int64_t r
                                                        : multiply_tiles<false, false>);
   product(a, b, steps, accumulate, to);
 }
-#endif
 
-#if MEDFAST_HAS_AMX
 MEDFAST_AMX void configure() {
   struct {
     uint8_t palette = 1;

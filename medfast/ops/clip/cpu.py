@@ -18,6 +18,8 @@ _HEADROOM = 60.0
 # The kernel adds e^-87 < 2^-125 for a logit however low: to a sum of n terms above n 2^-102 that is
 # less than 2^-23 of it, a rounding. Lower sums take the exact path.
 _SMALLEST_PER_TERM = 2.0**-102
+# So many terms of no column or row a product's last panel may add.
+_PADDING = 31
 # The kernel cuts exponentials off at e^88: a sum below this holds none that was cut.
 _LARGEST = math.exp(85)
 
@@ -74,7 +76,8 @@ class CpuPasses(Passes):
         return super().log_sum_exps(logits, kept)
 
     def _suits(self, row_sums: Tensor, column_sums: Tensor) -> bool:
-        smallest = max(len(row_sums), len(column_sums)) * _SMALLEST_PER_TERM
+        terms = max(len(row_sums), len(column_sums)) + _PADDING
+        smallest = terms * _SMALLEST_PER_TERM
         return all(_within(sums, smallest, _LARGEST) for sums in (row_sums, column_sums))
 
     def takes_kept(self, row_lse: Tensor, column_lse: Tensor) -> bool:
