@@ -43,9 +43,9 @@ class CpuPasses(Passes):
 
         Products of 32 x 32 logits go through the exponential before the next are computed.
         """
-        x, y = tiles.operand(rows), tiles.operand(columns)
-        if not self.has_shift or x.dtype != torch.bfloat16:
+        if not self.has_shift or tiles.operand_dtype(rows) != torch.bfloat16:
             return None
+        x, y = tiles.operand(rows), tiles.operand(columns)
         own = x.new_full((len(x),), -torch.inf, dtype=torch.float32)
         row_sums, column_sums = (own.new_empty(len(side)) for side in (x, y))
         _C.clip_loss_sums_of_features(
