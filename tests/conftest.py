@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -21,6 +22,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if item.get_closest_marker("slow") and "slow" not in item.config.option.markexpr:
             item.add_marker(pytest.mark.skip(reason="takes long: make slow"))
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512", "amx"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The compiled module, in each instruction set that this processor has."""
+    _C = pytest.importorskip("medfast._C")
+    if request.param not in _C.instruction_sets():
+        pytest.skip(f"this processor does not have {request.param}")
+    before = _C.instruction_set()
+    _C.use_instruction_set(request.param)
+    yield _C
+    _C.use_instruction_set(before)
 
 
 @pytest.fixture(scope="session")

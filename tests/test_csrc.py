@@ -14,18 +14,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "amx"])
-def kernels(request):
-    from medfast import _C
-
-    if request.param not in _C.instruction_sets():
-        pytest.skip(f"this processor does not have {request.param}")
-    before = _C.instruction_set()
-    _C.use_instruction_set(request.param)
-    yield _C
-    _C.use_instruction_set(before)
-
-
 def _sums(kernels, logits, shift):
     row_sums, column_sums = (torch.full((n,), torch.nan) for n in logits.shape)
     kernels.clip_loss_sums(

@@ -3,10 +3,7 @@
 #include <algorithm>
 
 #include "instruction_set.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "threads.h"
 
 namespace medfast {
 namespace {
@@ -16,14 +13,6 @@ constexpr int64_t kMostRows = 256;
 constexpr int64_t kMostColumns = 2048;
 // So that none waits long for the others.
 constexpr int64_t kTasksPerThread = 4;
-
-int64_t threads() {
-#ifdef _OPENMP
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
-}
 
 MEDFAST_KERNEL void write(const float* product, int64_t rows, int64_t columns, float alpha,
                           bool accumulate, float* out, int64_t stride) {

@@ -186,13 +186,11 @@ void clip_loss_sums_of_features(Bf16Matrix rows, Bf16Matrix columns, int64_t row
   const int64_t block_rows = row_count < 8 * kProductRows ? kPanel : kProductRows;
   const int64_t row_blocks = ceil_div(row_count, block_rows);
   std::vector<double> by_row(row_count);
-  std::vector<float> row_parts(row_count * kTile);
-  std::vector<float> column_parts(row_blocks * kPanel * ceil_div(kProductColumns, kPanel));
   for (int64_t left = 0; left < column_count; left += kProductColumns) {
     const int64_t width = std::min(kProductColumns, column_count - left);
     const int64_t padded = kPanel * ceil_div(width, kPanel);
-    std::fill(row_parts.begin(), row_parts.end(), 0.0f);
-    std::fill(column_parts.begin(), column_parts.end(), 0.0f);
+    std::vector<float> row_parts(row_count * kTile);
+    std::vector<float> column_parts(row_blocks * padded);
     const Bf16Matrix band{columns.data + left * columns.column_stride, columns.row_stride,
                           columns.column_stride, 0};
     for_each_product(

@@ -5,11 +5,8 @@
 #include <limits>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "bf16.h"
+#include "threads.h"
 
 namespace medfast {
 namespace {
@@ -75,14 +72,6 @@ MEDFAST_KERNEL void maxima_of_pair(const float* similarity, int64_t stride, cons
   *text_to_image = of_words / static_cast<float>(n);
   if (best_word != nullptr)
     for (int64_t p = 0; p < patches; ++p) best_word[p] = static_cast<Index>(places[p]);
-}
-
-int64_t threads() {
-#ifdef _OPENMP
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
 }
 
 // A feature that a maximum came from, times the gradient of that maximum.

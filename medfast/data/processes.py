@@ -62,13 +62,19 @@ def each(
             f"fewer than --workers {workers}."
         ) from None
     except BaseException:
-        # Whoever stops this does not want to wait for what the workers have in hand. What is
-        # waiting must not be cancelled as well: the pool's own thread fails on that.
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
+        terminate(pool)
         raise
     finally:
         pool.shutdown()
+
+
+def terminate(pool: ProcessPoolExecutor) -> None:
+    """End the workers of a pool: whoever stops does not want to wait for what they have in hand.
+
+    What is waiting must not be cancelled as well: the pool's own thread fails on that.
+    """
+    for process in list((pool._processes or {}).values()):
+        process.terminate()
 
 
 def _start(parent: int) -> None:

@@ -19,6 +19,7 @@ import torch
 from medfast import cli
 from medfast.config import TrainConfig, flag
 from medfast.cost import ModelFlops, model_flops
+from medfast.data.processes import terminate
 from medfast.device import pick_device
 from medfast.distributed.processes import announced
 from medfast.errors import SharedError, UsageError
@@ -121,10 +122,8 @@ def _in_fresh_process(
         except BrokenProcessPool:
             return ENDED
         except BaseException:
-            # Whoever stops this does not want to wait for the steps in hand; and stopped twice, the
-            # pool would leave a process that waits for work.
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
+            # Stopped twice, the pool would leave a process that waits for work.
+            terminate(pool)
             raise
 
 

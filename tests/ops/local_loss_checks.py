@@ -209,25 +209,15 @@ class LocalLossChecks:
         loss = lambda *a, **k: self.function(*a, impl=impl, **k)  # noqa: E731
         self.assert_as_close_as_eager(loss, inputs, rounds=True)
 
-    @pytest.mark.usefixtures("bf16_products")
-    @pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512", "amx"])
+    @pytest.mark.usefixtures("bf16_products", "kernels")
     @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (5, 49, 9, 17), (3, 21, 20, 33)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_compiled_passes_in_every_instruction_set(self, instruction_set, sizes, dtype):
+    def test_compiled_passes_in_every_instruction_set(self, sizes, dtype):
         if why_not(self.name, "cpu") is not None:
             pytest.skip(why_not(self.name, "cpu"))
-        from medfast import _C
-
-        if instruction_set not in _C.instruction_sets():
-            pytest.skip(f"this processor does not have {instruction_set}")
-        before = _C.instruction_set()
-        _C.use_instruction_set(instruction_set)
-        try:
-            inputs = self.inputs(*sizes, dtype=dtype, masked=True)
-            loss = lambda *a, **k: self.function(*a, impl="cpu", **k)  # noqa: E731
-            self.assert_as_close_as_eager(loss, inputs, rounds=True)
-        finally:
-            _C.use_instruction_set(before)
+        inputs = self.inputs(*sizes, dtype=dtype, masked=True)
+        loss = lambda *a, **k: self.function(*a, impl="cpu", **k)  # noqa: E731
+        self.assert_as_close_as_eager(loss, inputs, rounds=True)
 
     def test_threads_do_not_change_a_bit(self):
         if why_not(self.name, "cpu") is not None:

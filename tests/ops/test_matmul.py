@@ -63,17 +63,6 @@ def test_bf16_products_need_the_kernels_and_the_hardware(monkeypatch):
     assert not matmul.multiplies_bf16.__wrapped__()
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "amx"])
-def kernels(request):
-    _C = pytest.importorskip("medfast._C")
-    if request.param not in _C.instruction_sets():
-        pytest.skip(f"this processor does not have {request.param}")
-    before = _C.instruction_set()
-    _C.use_instruction_set(request.param)
-    yield _C
-    _C.use_instruction_set(before)
-
-
 def test_bf16_is_fast_with_amx(kernels):
     assert matmul.multiplies_bf16.__wrapped__() == (kernels.instruction_set() == "amx")
 

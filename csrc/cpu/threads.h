@@ -1,0 +1,21 @@
+// How many threads a parallel region gets.
+
+#pragma once
+
+#include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace medfast {
+
+inline int64_t threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+}  // namespace medfast
