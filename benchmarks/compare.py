@@ -23,6 +23,7 @@ from benchmarks.conditions import allocator
 from benchmarks.measure import Run, interleave, mm_rates
 from benchmarks.ops import OPS, TOLERANCES, Op, Shape, errors, evaluate, with_gradient
 from benchmarks.peers import Variant, variants
+from medfast.ops.matmul import multiplies_bf16
 
 # No power of two, and past the tiles of 128: the most of any size but the first and the last.
 _SMALL = 129
@@ -140,11 +141,11 @@ def bind(op: Op, variant: Variant, arguments: tuple[Tensor, ...], passes: str) -
     leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in arguments]
 
     def forward() -> Any:
-        with _workspace(variant.workspace_mb):
+        with _settings(variant):
             return variant.function(*leaves)
 
     def backward(loss: Tensor) -> tuple[Tensor, ...]:
-        with _workspace(variant.workspace_mb):
+        with _settings(variant):
             return torch.autograd.grad(loss, with_gradient(leaves))
 
     if passes == "forward":
@@ -175,7 +176,7 @@ def _check(name: str, shape: Shape, device: str, variant: Variant) -> dict[str, 
         # A peer may refuse odd sizes.
         for size in [small, shape] if variant.own else [shape]:
             arguments, truth = _case(name, size, device, variant.dtype)
-            with _workspace(variant.workspace_mb):
+            with _settings(variant):
                 found = evaluate(variant.function, arguments)
             if variant.share < 1:
                 return {}
@@ -248,6 +249,29 @@ def _resident_growth(name: str, shape: Shape, passes: str, title: str) -> int:
     bind(OPS[name], variant, _arguments(name, _small(name, shape), "cpu", variant.dtype), passes)()
     run = bind(OPS[name], variant, _arguments(name, shape, "cpu", variant.dtype), passes)
     return memory.resident_growth(run)
+
+
+@contextlib.contextmanager
+def _settings(variant: Variant) -> Iterator[None]:
+    products = _torch_products() if variant.plain else contextlib.nullcontext()
+    with _workspace(variant.workspace_mb), products:
+        yield
+
+
+@contextlib.contextmanager
+def _torch_products() -> Iterator[None]:
+    """Leave all products to torch, as on a processor without AMX."""
+    if not multiplies_bf16():
+        yield
+        return
+    from medfast import _C
+
+    before = _C.instruction_set()
+    _C.use_instruction_set("avx512")
+    try:
+        yield
+    finally:
+        _C.use_instruction_set(before)
 
 
 @contextlib.contextmanager

@@ -59,6 +59,7 @@ class Variant:
         dtype: Of the features that it is given.
         own: Whether it is medfast's, which must be right.
         workspace_mb: `MEDFAST_WORKSPACE_MB` for it; None leaves it alone.
+        plain: Whether it stands for plain PyTorch, and csrc's products are not for it.
         share: The part of the work that it does; its time is scaled up to all of it.
         compiles: Whether the first call compiles.
         skip: Why it cannot run here, or None.
@@ -69,6 +70,7 @@ class Variant:
     dtype: torch.dtype = torch.float32
     own: bool = False
     workspace_mb: float | None = None
+    plain: bool = False
     share: float = 1.0
     compiles: bool = False
     skip: str | None = None
@@ -109,6 +111,7 @@ def _own(op: str, shape: Shape, device: str) -> list[Variant]:
                         dtype,
                         own=True,
                         workspace_mb=workspace_mb,
+                        plain=impl == "torch",
                         skip=dispatch.why_not(table, impl, probe),
                     )
                 )

@@ -7,13 +7,14 @@
 #include <array>
 #include <cstdint>
 #include <tuple>
+#include <type_traits>
 
 #include "cpu/bf16.h"
-#include "cpu/bf16_product.h"
 #include "cpu/clip_loss.h"
 #include "cpu/filip_loss.h"
 #include "cpu/instruction_set.h"
 #include "cpu/local_alignment_loss.h"
+#include "cpu/product.h"
 #include "cpu/retrieval_rank.h"
 #include "cpu/siglip_loss.h"
 #include "cpu/sparc_loss.h"
@@ -64,20 +65,25 @@ PYBIND11_MODULE(_C, m) {
         [] { return medfast::chosen == medfast::InstructionSet::amx; },
         "Whether the instruction set in use multiplies bf16 faster than fp32.");
   m.def(
-      "bf16_product",
+      "product",
       [](int64_t count, int64_t rows, int64_t columns, int64_t depth, uintptr_t a,
          std::array<int64_t, 3> a_strides, uintptr_t b, std::array<int64_t, 3> b_strides,
-         float alpha, bool accumulate, uintptr_t out, std::array<int64_t, 2> out_strides) {
-        const auto matrix = [](uintptr_t data, const std::array<int64_t, 3>& strides) {
-          return medfast::Bf16Matrix{at<medfast::bf16>(data), strides[1], strides[2], strides[0]};
+         float alpha, bool accumulate, uintptr_t out, std::array<int64_t, 2> out_strides,
+         bool is_bf16) {
+        const auto of = [&](auto* x, auto* y) {
+          const auto matrix = [](auto* data, const std::array<int64_t, 3>& strides) {
+            return medfast::Matrix<std::remove_pointer_t<decltype(data)>>{data, strides[1],
+                                                                          strides[2], strides[0]};
+          };
+          medfast::product(count, rows, columns, depth, matrix(x, a_strides), matrix(y, b_strides),
+                           alpha, accumulate, {at<float>(out), out_strides[1], out_strides[0]});
         };
-        medfast::bf16_product(count, rows, columns, depth, matrix(a, a_strides),
-                              matrix(b, b_strides), alpha, accumulate,
-                              {at<float>(out), out_strides[1], out_strides[0]});
+        if (is_bf16) return of(at<medfast::bf16>(a), at<medfast::bf16>(b));
+        of(at<float>(a), at<float>(b));
       },
       py::arg("count"), py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("a"),
       py::arg("a_strides"), py::arg("b"), py::arg("b_strides"), py::arg("alpha"),
-      py::arg("accumulate"), py::arg("out"), py::arg("out_strides"), no_gil);
+      py::arg("accumulate"), py::arg("out"), py::arg("out_strides"), py::arg("is_bf16"), no_gil);
   m.def(
       "clip_loss_sums",
       [](uintptr_t logits, int64_t stride, int64_t rows, int64_t columns, float shift,
@@ -94,23 +100,31 @@ PYBIND11_MODULE(_C, m) {
       "clip_loss_sums_of_features",
       [](uintptr_t rows, uintptr_t columns, int64_t row_count, int64_t column_count, int64_t depth,
          float scale, int64_t offset, float shift, uintptr_t own, uintptr_t row_sums,
-         uintptr_t column_sums, uintptr_t kept, int64_t kept_stride, float step) {
-        medfast::clip_loss_sums_of_features(
-            {at<medfast::bf16>(rows), depth, 1, 0}, {at<medfast::bf16>(columns), 1, depth, 0},
-            row_count, column_count, depth, scale, offset, shift, at<float>(own),
-            at<float>(row_sums), at<float>(column_sums), {at<int16_t>(kept), kept_stride, step});
+         uintptr_t column_sums, uintptr_t kept, int64_t kept_stride, float step, bool is_bf16) {
+        const auto of = [&](auto* x, auto* y, auto* kept_to) {
+          using T = std::remove_pointer_t<decltype(x)>;
+          using Kept = std::remove_pointer_t<decltype(kept_to)>;
+          medfast::clip_loss_sums_of_features(
+              medfast::Matrix<T>{x, depth, 1, 0}, medfast::Matrix<T>{y, 1, depth, 0}, row_count,
+              column_count, depth, scale, offset, shift, at<float>(own), at<float>(row_sums),
+              at<float>(column_sums), medfast::KeptLogits<Kept>{kept_to, kept_stride, step});
+        };
+        if (is_bf16)
+          return of(at<medfast::bf16>(rows), at<medfast::bf16>(columns), at<int16_t>(kept));
+        of(at<float>(rows), at<float>(columns), at<float>(kept));
       },
       py::arg("rows"), py::arg("columns"), py::arg("row_count"), py::arg("column_count"),
       py::arg("depth"), py::arg("scale"), py::arg("offset"), py::arg("shift"), py::arg("own"),
       py::arg("row_sums"), py::arg("column_sums"), py::arg("kept") = 0,
-      py::arg("kept_stride") = 0, py::arg("step") = 1.0f, no_gil);
+      py::arg("kept_stride") = 0, py::arg("step") = 1.0f, py::kw_only(), py::arg("is_bf16"),
+      no_gil);
   m.def(
       "clip_loss_gradient_of_kept",
       [](uintptr_t kept, int64_t stride, float step, int64_t rows, int64_t columns, float shift,
          uintptr_t row_weights, uintptr_t column_weights, uintptr_t gradient) {
-        return medfast::clip_loss_gradient({at<int16_t>(kept), stride, step}, rows, columns, shift,
-                                           at<float>(row_weights), at<float>(column_weights),
-                                           at<medfast::bf16>(gradient));
+        return medfast::clip_loss_gradient(
+            medfast::KeptLogits<int16_t>{at<int16_t>(kept), stride, step}, rows, columns, shift,
+            at<float>(row_weights), at<float>(column_weights), at<medfast::bf16>(gradient));
       },
       py::arg("kept"), py::arg("stride"), py::arg("step"), py::arg("rows"), py::arg("columns"),
       py::arg("shift"), py::arg("row_weights"), py::arg("column_weights"), py::arg("gradient"),

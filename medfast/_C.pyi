@@ -6,7 +6,7 @@ def instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...
 def use_instruction_set(name: str) -> None: ...
 def multiplies_bf16() -> bool: ...
-def bf16_product(
+def product(
     count: int,
     rows: int,
     columns: int,
@@ -19,6 +19,7 @@ def bf16_product(
     accumulate: bool,
     out: int,
     out_strides: Sequence[int],
+    is_bf16: bool,
 ) -> None: ...
 def clip_loss_sums(
     logits: int,
@@ -47,6 +48,8 @@ def clip_loss_sums_of_features(
     kept: int = 0,
     kept_stride: int = 0,
     step: float = 1.0,
+    *,
+    is_bf16: bool,
 ) -> None: ...
 def clip_loss_gradient_of_kept(
     kept: int,

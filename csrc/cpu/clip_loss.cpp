@@ -8,7 +8,7 @@
 
 #include "arithmetic/clip_loss.h"
 #include "bf16.h"
-#include "bf16_panels.h"
+#include "panels.h"
 #include "exponential.h"
 #include "instruction_set.h"
 
@@ -24,11 +24,13 @@ constexpr int64_t kProductRows = 256;
 constexpr int64_t kProductColumns = 4096;
 constexpr int32_t kLowest = -32768;
 
-MEDFAST_KERNEL int16_t in_steps(float logit, float steps_per_unit) {
+MEDFAST_KERNEL void keep(float logit, float steps_per_unit, int16_t* to) {
   const float x = logit * steps_per_unit;
   const float within = x > static_cast<float>(kLowest) ? x : static_cast<float>(kLowest);
-  return static_cast<int16_t>(static_cast<int32_t>(std::nearbyint(within)));
+  *to = static_cast<int16_t>(static_cast<int32_t>(std::nearbyint(within)));
 }
+
+MEDFAST_KERNEL void keep(float logit, float, float* to) { *to = logit; }
 
 MEDFAST_KERNEL void sum_block(const float* logits, int64_t stride, int64_t rows, int64_t columns,
                               float shift, float* row_sums, float* column_sums, int16_t* kept,
@@ -47,7 +49,7 @@ MEDFAST_KERNEL void sum_block(const float* logits, int64_t stride, int64_t rows,
     if (kept == nullptr) continue;
 #pragma omp simd
     for (int64_t j = 0; j < columns; ++j)
-      kept[i * kept_stride + j] = in_steps(row[j], steps_per_unit);
+      keep(row[j], steps_per_unit, kept + i * kept_stride + j);
   }
   std::copy(sums, sums + columns, column_sums);
 }
@@ -59,9 +61,10 @@ struct PanelSums {
   float* columns;
 };
 
+template <class Kept>
 MEDFAST_KERNEL void sum_panel(float* logits, int64_t rows, int64_t columns, float scale,
                               int64_t own_column, float* own, float shift, PanelSums sums,
-                              int16_t* kept, int64_t kept_stride, float steps_per_unit) {
+                              Kept* kept, int64_t kept_stride, float steps_per_unit) {
   for (int64_t i = 0; i < rows; ++i) {
     float* row = logits + i * kPanel;
 #pragma omp simd
@@ -87,9 +90,9 @@ MEDFAST_KERNEL void sum_panel(float* logits, int64_t rows, int64_t columns, floa
   if (kept == nullptr) return;
   for (int64_t i = 0; i < rows; ++i) {
     const float* row = logits + i * kPanel;
-    int16_t* to = kept + i * kept_stride;
+    Kept* to = kept + i * kept_stride;
 #pragma omp simd
-    for (int64_t j = 0; j < columns; ++j) to[j] = in_steps(row[j], steps_per_unit);
+    for (int64_t j = 0; j < columns; ++j) keep(row[j], steps_per_unit, to + j);
   }
 }
 
@@ -155,7 +158,7 @@ double gradient_of_rows(const In* logits, int64_t stride, float step, int64_t ro
 }  // namespace
 
 void clip_loss_sums(const float* logits, int64_t stride, int64_t rows, int64_t columns,
-                    float shift, float* row_sums, float* column_sums, KeptLogits kept) {
+                    float shift, float* row_sums, float* column_sums, KeptLogits<int16_t> kept) {
   const int64_t row_blocks = (rows + kBlockRows - 1) / kBlockRows;
   const int64_t column_blocks = (columns + kBlockColumns - 1) / kBlockColumns;
   std::vector<float> row_parts(column_blocks * rows);
@@ -179,10 +182,11 @@ void clip_loss_sums(const float* logits, int64_t stride, int64_t rows, int64_t c
     for (int64_t j = 0; j < columns; ++j) column_sums[j] += column_parts[a * columns + j];
 }
 
-void clip_loss_sums_of_features(Bf16Matrix rows, Bf16Matrix columns, int64_t row_count,
+template <class T, class Kept>
+void clip_loss_sums_of_features(Matrix<T> rows, Matrix<T> columns, int64_t row_count,
                                 int64_t column_count, int64_t depth, float scale, int64_t offset,
                                 float shift, float* own, float* row_sums, float* column_sums,
-                                KeptLogits kept) {
+                                KeptLogits<Kept> kept) {
   const int64_t block_rows = row_count < 8 * kProductRows ? kPanel : kProductRows;
   const int64_t row_blocks = ceil_div(row_count, block_rows);
   std::vector<double> by_row(row_count);
@@ -191,12 +195,12 @@ void clip_loss_sums_of_features(Bf16Matrix rows, Bf16Matrix columns, int64_t row
     const int64_t padded = kPanel * ceil_div(width, kPanel);
     std::vector<float> row_parts(row_count * kTile);
     std::vector<float> column_parts(row_blocks * padded);
-    const Bf16Matrix band{columns.data + left * columns.column_stride, columns.row_stride,
-                          columns.column_stride, 0};
+    const Matrix<T> band{columns.data + left * columns.column_stride, columns.row_stride,
+                         columns.column_stride, 0};
     for_each_product(
         1, row_count, width, depth, rows, band, {block_rows, width, depth},
         [&](float* product, int64_t, int64_t i, int64_t j, int64_t height, int64_t count, bool) {
-          run<sum_panel>(product, height, count, scale, i + offset - left - j, own + i, shift,
+          run<sum_panel<Kept>>(product, height, count, scale, i + offset - left - j, own + i, shift,
                          PanelSums{row_parts.data() + i * kTile,
                                    column_parts.data() + i / block_rows * padded + j},
                          kept.data == nullptr ? nullptr
@@ -224,17 +228,23 @@ double clip_loss_gradient(const float* logits, int64_t stride, int64_t rows, int
 }
 
 template <class Out>
-double clip_loss_gradient(KeptLogits logits, int64_t rows, int64_t columns, float shift,
+double clip_loss_gradient(KeptLogits<int16_t> logits, int64_t rows, int64_t columns, float shift,
                         const float* row_weights, const float* column_weights, Out* gradient) {
   return gradient_of_rows(logits.data, logits.stride, logits.step, rows, columns, shift,
                           row_weights, column_weights, gradient);
 }
 
+template void clip_loss_sums_of_features(Matrix<bf16>, Matrix<bf16>, int64_t, int64_t, int64_t,
+                                         float, int64_t, float, float*, float*, float*,
+                                         KeptLogits<int16_t>);
+template void clip_loss_sums_of_features(Matrix<float>, Matrix<float>, int64_t, int64_t, int64_t,
+                                         float, int64_t, float, float*, float*, float*,
+                                         KeptLogits<float>);
 template double clip_loss_gradient(const float*, int64_t, int64_t, int64_t, float, const float*,
-                                 const float*, float*);
+                                   const float*, float*);
 template double clip_loss_gradient(const float*, int64_t, int64_t, int64_t, float, const float*,
                                  const float*, bf16*);
-template double clip_loss_gradient(KeptLogits, int64_t, int64_t, float, const float*, const float*,
+template double clip_loss_gradient(KeptLogits<int16_t>, int64_t, int64_t, float, const float*, const float*,
                                  bf16*);
 
 }  // namespace medfast

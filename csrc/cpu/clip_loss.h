@@ -5,14 +5,15 @@
 
 #include <cstdint>
 
-#include "bf16_panels.h"
+#include "panels.h"
 
 namespace medfast {
 
-// Where logits are kept, in 16 bits: as multiples of `step`, row i at data + i * stride; the lowest
-// number stands for -infinity.
+// Where logits are kept, row i at data + i * stride: as they are, or in 16 bits as multiples of
+// `step`, when the lowest number stands for -infinity.
+template <class Kept>
 struct KeptLogits {
-  int16_t* data;
+  Kept* data;
   int64_t stride;
   float step;
 };
@@ -20,15 +21,16 @@ struct KeptLogits {
 // row_sums[i] = sum_j e^(l_ij - shift), column_sums[j] = sum_i e^(l_ij - shift). The logits, which
 // then must not be beyond 2^15 - 1 steps, are kept, unless kept.data is null.
 void clip_loss_sums(const float* logits, int64_t stride, int64_t rows, int64_t columns,
-                    float shift, float* row_sums, float* column_sums, KeptLogits kept);
+                    float shift, float* row_sums, float* column_sums, KeptLogits<int16_t> kept);
 
 // The same of the logits scale * rows @ columns^T themselves, of which none is ever written but,
 // where there is one, each row's own, of column i + offset: own[i], left out of the sums, and
 // -infinity where it is kept. rows is [row_count, depth], columns [depth, column_count].
-void clip_loss_sums_of_features(Bf16Matrix rows, Bf16Matrix columns, int64_t row_count,
+template <class T, class Kept>
+void clip_loss_sums_of_features(Matrix<T> rows, Matrix<T> columns, int64_t row_count,
                                 int64_t column_count, int64_t depth, float scale, int64_t offset,
                                 float shift, float* own, float* row_sums, float* column_sums,
-                                KeptLogits kept);
+                                KeptLogits<Kept> kept);
 
 // gradient_ij = e^(l_ij - shift) * (row_weights[i] + column_weights[j]), contiguous; Out is float
 // or bf16. Returns the sum of gradient_ij * l_ij, of the gradient before it is rounded to Out, in
@@ -38,7 +40,7 @@ double clip_loss_gradient(const float* logits, int64_t stride, int64_t rows, int
                         float shift, const float* row_weights, const float* column_weights,
                         Out* gradient);
 template <class Out>
-double clip_loss_gradient(KeptLogits logits, int64_t rows, int64_t columns, float shift,
-                        const float* row_weights, const float* column_weights, Out* gradient);
+double clip_loss_gradient(KeptLogits<int16_t> logits, int64_t rows, int64_t columns, float shift,
+                          const float* row_weights, const float* column_weights, Out* gradient);
 
 }  // namespace medfast

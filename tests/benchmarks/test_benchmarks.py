@@ -20,6 +20,7 @@ from benchmarks.ops import errors as errors_of
 from benchmarks.peers import PACKAGES, Variant, topk_ranks, variants, why_not
 from benchmarks.targets import Target
 from benchmarks.worker import CallError, LostError, Worker
+from medfast.ops import matmul
 from medfast.ops.clip import reference as clip_reference
 from medfast.ops.cyclip import reference as cyclip_reference
 from medfast.ops.siglip import reference as siglip_reference
@@ -166,6 +167,20 @@ def test_passes_are_timed_alone(passes):
     result = run.timed(*prepared)
     assert calls == ["forward"]
     assert len(result) == 3 if passes != "forward" else result.dim() == 0
+
+
+def test_plain_pytorch_takes_no_product_of_ours(monkeypatch):
+    if not matmul.multiplies_bf16():
+        pytest.skip("csrc's products are used with AMX")
+    taken, multiply = [], matmul._products
+    monkeypatch.setattr(matmul, "_products", lambda *given: (taken.append(1), multiply(*given)))
+    arguments = OPS["siglip_loss"].inputs((8, 4), torch.Generator().manual_seed(0))
+    for variant in variants("siglip_loss", (8, 4), "cpu"):
+        if variant.own and variant.skip is None:
+            taken.clear()
+            features = [x.to(variant.dtype) if x.dim() else x for x in arguments]
+            bind(OPS["siglip_loss"], variant, tuple(features), "both")()
+            assert bool(taken) == ("medfast cpu" in variant.name), variant.name
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch):

@@ -38,9 +38,9 @@ class Passes:
         """Take the scale [] of the logits, from which subclasses foresee their size."""
 
     def of_features(
-        self, rows: Tensor, columns: Tensor, offset: int, kept: KeptLogits | None
+        self, rows: Tensor, columns: Tensor, offset: int, kept: Tensor | KeptLogits | None
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return what `forward` does without the logits in memory; None where that cannot be.
+        """Return what `forward` does without logits in other memory; None where that cannot be.
 
         They are kept where `kept` is given.
         """
@@ -101,7 +101,8 @@ def forward(
         passes: The passes over a tile.
     """
     in_steps = _in_steps(kept, rows, columns, logit_scale)
-    found = passes.of_features(rows, columns, offset, in_steps)
+    keeps_all = kept.numel() > 0 and kept.dtype == tiles.summable(rows)
+    found = passes.of_features(rows, columns, offset, kept if keeps_all else in_steps)
     if found is not None:
         return found
     own = rows.new_full((len(rows),), -torch.inf, dtype=tiles.summable(rows))
@@ -109,7 +110,6 @@ def forward(
     row_lse, column_lse = (
         x.new_full((len(x),), -torch.inf, dtype=torch.float64) for x in (rows, columns)
     )
-    keeps_all = kept.numel() > 0 and kept.dtype == own.dtype
     for tile in tiles.tiles(rows, columns, logit_scale, kept if keeps_all else None):
         own_logits = tile.own(tile.logits, offset)
         own[tile.own_rows(offset)] = own_logits

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from medfast import _C
-from medfast.ops import tiles
+from medfast.ops import matmul, tiles
 from medfast.ops.clip.chunked import KeptLogits, Passes
 
 # Above this scale one shift cannot serve every row: sums may fall below what fp32 holds.
@@ -37,22 +37,25 @@ class CpuPasses(Passes):
         self.has_shift = abs(self.scale) <= _MAX_SCALE
 
     def of_features(
-        self, rows: Tensor, columns: Tensor, offset: int, kept: KeptLogits | None
+        self, rows: Tensor, columns: Tensor, offset: int, kept: Tensor | KeptLogits | None
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return own logits and log-sum-exps of bf16 features where the constant suits them all.
+        """Return own logits and log-sum-exps where csrc's products are fast and the constant suits.
 
         Products of 32 x 32 logits go through the exponential before the next are computed.
         """
-        if not self.has_shift or tiles.operand_dtype(rows) != torch.bfloat16:
+        if not (self.has_shift and matmul.multiplies_bf16()):
             return None
         x, y = tiles.operand(rows), tiles.operand(columns)
+        if x.dtype == torch.float64:
+            return None
         own = x.new_full((len(x),), -torch.inf, dtype=torch.float32)
         row_sums, column_sums = (own.new_empty(len(side)) for side in (x, y))
         _C.clip_loss_sums_of_features(
             *(x.data_ptr(), y.data_ptr(), len(x), len(y), x.shape[1]),
             *(self.scale, offset, self.shift),
             *(own.data_ptr(), row_sums.data_ptr(), column_sums.data_ptr()),
-            *((0, 0, 1.0) if kept is None else _kept(kept)),
+            *_kept(kept),
+            is_bf16=x.dtype == torch.bfloat16,
         )
         if not self._suits(row_sums, column_sums):
             return None
@@ -69,7 +72,7 @@ class CpuPasses(Passes):
                 self.shift,
                 rows.data_ptr(),
                 columns.data_ptr(),
-                *((0, 0, 1.0) if kept is None else _kept(kept)),
+                *_kept(kept),
             )
             if self._suits(rows, columns):
                 return rows.log_().add_(self.shift), columns.log_().add_(self.shift)
@@ -122,8 +125,11 @@ class CpuPasses(Passes):
         )
 
 
-def _kept(kept: KeptLogits) -> tuple[int, int, float]:
-    return kept.steps.data_ptr(), kept.steps.stride(0), kept.step
+def _kept(kept: Tensor | KeptLogits | None) -> tuple[int, int, float]:
+    if kept is None:
+        return 0, 0, 1.0
+    memory, step = (kept, 1.0) if isinstance(kept, Tensor) else (kept.steps, kept.step)
+    return memory.data_ptr(), memory.stride(0), step
 
 
 def _within(values: Tensor, lowest: float, highest: float) -> bool:

@@ -1,5 +1,5 @@
-// Products of bf16 matrices in fp32, 32 x 32 entries at a time: what is done with them finds them
-// in cache.
+// Products of matrices of bf16 or fp32, with sums in fp32, 32 x 32 entries at a time: what is done
+// with them finds them in cache.
 
 #pragma once
 
@@ -12,44 +12,61 @@ namespace medfast {
 
 // Entry (i, j) is at data + i * row_stride + j * column_stride; fast where one of the two is 1. Of
 // several matrices, each begins `next` entries behind the one before.
-struct Bf16Matrix {
-  const bf16* data;
+template <class T>
+struct Matrix {
+  const T* data;
   int64_t row_stride;
   int64_t column_stride;
   int64_t next;
 };
 
+// Processors that have AMX multiply bf16 more than twenty times as fast as fp32. So fp32 is taken as
+// the sum of three terms of bf16, which it is exactly, each at most 2^-9 of the one before. Of the
+// products of terms, those of term p and term q with p + q < kTerms count: six of nine; what is
+// left out is at most 2^-26 of the product, less than its rounding to fp32.
+template <class T>
+constexpr int64_t kTerms = 1;
+template <>
+constexpr int64_t kTerms<float> = 3;
+
 // Operands are packed as AMX takes them: tiles of 16 lines (rows of a, columns of b) by 16 pairs of
 // neighbours in depth, 32 bits each; in a tile of a each row is a line, in one of b it is a pair.
-// A panel is two lines of tiles side by side, and a step 32 entries of its depth.
+// A panel is two lines of tiles side by side, and a step 32 entries of its depth: the two tiles of
+// the first term, then those of the next.
 constexpr int64_t kTile = 16;
 constexpr int64_t kTileSize = kTile * kTile;
 constexpr int64_t kPanel = 2 * kTile;
 constexpr int64_t kStepDepth = 2 * kTile;
-constexpr int64_t kStepSize = 2 * kTileSize;
-// So many steps of a panel of a stay in the first level of cache while the same of so many panels of
-// b pass by. These stay in the second level while a block of rows does, if not deeper than
-// kPanelDepth.
-constexpr int64_t kStepsAtATime = 8;
-constexpr int64_t kPanelsAtATime = 16;
+constexpr int64_t kTermSize = 2 * kTileSize;
+template <class T>
+constexpr int64_t kStepSize = kTerms<T> * kTermSize;
+// So many steps of a panel of a stay near while the same of so many panels of b pass by. These stay
+// in the second level of cache while a block of rows does, if not deeper than kPanelDepth.
+template <class T>
+constexpr int64_t kStepsAtATime = kTerms<T> == 1 ? 8 : 16;
+template <class T>
+constexpr int64_t kPanelsAtATime = kTerms<T> == 1 ? 16 : 4;
 constexpr int64_t kPanelDepth = 512;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Where the lines of an operand are: entry k of line i is at data + i * next_line + k * next.
+template <class T>
 struct Lines {
-  const bf16* data;
+  const T* data;
   int64_t next_line;
   int64_t next;
 };
 
 // Packs a panel, zero where there is nothing: of a, `is_by_line`, or of b.
-void pack(Lines from, int64_t lines, int64_t depth, bool is_by_line, uint32_t* to);
+template <class T>
+void pack(Lines<T> from, int64_t lines, int64_t depth, bool is_by_line, uint32_t* to);
 
 // Writes a product of two panels, [kPanel, kPanel], or adds it. Only `rows` and `columns` of it are
 // wanted.
 using Multiply = void (*)(const uint32_t* a, const uint32_t* b, int64_t steps, int64_t rows,
                           int64_t columns, bool accumulate, float* to);
+template <class T>
 Multiply chosen_multiply();
 
 // While it lives, this thread's tile registers have the shape that products need.
@@ -78,21 +95,23 @@ struct Blocks {
 // of each of `count` products a @ b, a [rows, depth], b [depth, columns]. Rows of `product` are
 // kPanel apart; it may be overwritten. Where blocks are less deep, use is called for one after the
 // other, behind a barrier, first with is_first. No sum depends on the number of threads.
-template <class Use>
-void for_each_product(int64_t count, int64_t rows, int64_t columns, int64_t depth, Bf16Matrix a,
-                      Bf16Matrix b, Blocks blocks, const Use& use) {
-  const Multiply multiply = chosen_multiply();
+template <class T, class Use>
+void for_each_product(int64_t count, int64_t rows, int64_t columns, int64_t depth, Matrix<T> a,
+                      Matrix<T> b, Blocks blocks, const Use& use) {
+  const Multiply multiply = chosen_multiply<T>();
+  constexpr int64_t kMostPanels = kPanelsAtATime<T>;
+  constexpr int64_t kMostSteps = kStepsAtATime<T>;
   const int64_t panels = ceil_div(columns, kPanel);
   const int64_t row_blocks = ceil_div(rows, blocks.rows);
   const int64_t block_panels = ceil_div(blocks.columns, kPanel);
   const int64_t column_blocks = ceil_div(panels, block_panels);
   const int64_t most_steps = ceil_div(std::min(blocks.depth, depth), kStepDepth);
-  const int64_t panel_size = most_steps * kStepSize;
+  const int64_t panel_size = most_steps * kStepSize<T>;
   uint32_t* packed_b = memory_of_b(count * panels * panel_size);
 #pragma omp parallel
   {
     uint32_t* packed_a = memory_of_a(ceil_div(blocks.rows, kPanel) * panel_size);
-    alignas(64) float products[kPanelsAtATime * kPanel * kPanel];
+    alignas(64) float products[kMostPanels * kPanel * kPanel];
     const TileRegisters while_it_runs;
     for (int64_t k = 0; k < depth; k += most_steps * kStepDepth) {
       const int64_t part = std::min(most_steps * kStepDepth, depth - k);
@@ -100,7 +119,7 @@ void for_each_product(int64_t count, int64_t rows, int64_t columns, int64_t dept
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < count * panels; ++i) {
         const int64_t j = i % panels * kPanel;
-        const Lines from{b.data + i / panels * b.next + k * b.row_stride + j * b.column_stride,
+        const Lines<T> from{b.data + i / panels * b.next + k * b.row_stride + j * b.column_stride,
                          b.column_stride, b.row_stride};
         pack(from, columns - j, part, false, packed_b + i * panel_size);
       }
@@ -112,20 +131,20 @@ void for_each_product(int64_t count, int64_t rows, int64_t columns, int64_t dept
         const int64_t left = t % column_blocks * block_panels;
         const int64_t right = std::min(panels, left + block_panels);
         for (int64_t i = top; i < bottom; i += kPanel) {
-          const Lines from{a.data + which * a.next + i * a.row_stride + k * a.column_stride,
+          const Lines<T> from{a.data + which * a.next + i * a.row_stride + k * a.column_stride,
                            a.row_stride, a.column_stride};
           pack(from, bottom - i, part, true, packed_a + (i - top) / kPanel * panel_size);
         }
-        for (int64_t first = left; first < right; first += kPanelsAtATime)
+        for (int64_t first = left; first < right; first += kMostPanels)
           for (int64_t i = top; i < bottom; i += kPanel) {
-            const int64_t last = std::min(right, first + kPanelsAtATime);
+            const int64_t last = std::min(right, first + kMostPanels);
             const int64_t height = std::min(kPanel, bottom - i);
             const uint32_t* left_panel = packed_a + (i - top) / kPanel * panel_size;
-            for (int64_t step = 0; step < steps; step += kStepsAtATime)
+            for (int64_t step = 0; step < steps; step += kMostSteps)
               for (int64_t panel = first; panel < last; ++panel)
-                multiply(left_panel + step * kStepSize,
-                         packed_b + (which * panels + panel) * panel_size + step * kStepSize,
-                         std::min(kStepsAtATime, steps - step), height,
+                multiply(left_panel + step * kStepSize<T>,
+                         packed_b + (which * panels + panel) * panel_size + step * kStepSize<T>,
+                         std::min(kMostSteps, steps - step), height,
                          std::min(kPanel, columns - panel * kPanel), step > 0,
                          products + (panel - first) * kPanel * kPanel);
             for (int64_t panel = first; panel < last; ++panel)

@@ -1,4 +1,4 @@
-#include "bf16_panels.h"
+#include "panels.h"
 
 #include <cstring>
 #include <memory>
@@ -70,7 +70,7 @@ MEDFAST_AVX512 void transpose_avx512(const uint32_t* from, uint32_t* to) {
 
 // Reads a tile, zero where there is nothing: [line][pair] where depth is contiguous, else
 // [pair][line].
-MEDFAST_KERNEL void read_tile(Lines from, int64_t lines, int64_t depth, uint32_t* tile) {
+MEDFAST_KERNEL void read_tile(Lines<bf16> from, int64_t lines, int64_t depth, uint32_t* tile) {
   if (from.next == 1) {
     for (int64_t i = 0; i < kTile; ++i) {
       uint32_t* row = tile + i * kTile;
@@ -103,56 +103,133 @@ MEDFAST_KERNEL void read_tile(Lines from, int64_t lines, int64_t depth, uint32_t
   }
 }
 
-using Transpose = void (*)(const uint32_t*, uint32_t*);
+// The first term of x: in its upper half, rounded. Where x is NaN this may be anything, but the last
+// term is NaN.
+MEDFAST_KERNEL uint32_t first_term(uint32_t x) { return (x + 0x8000u) & 0xffff0000u; }
 
-MEDFAST_KERNEL void pack_panel(Lines from, int64_t lines, int64_t depth, bool is_by_line,
-                               Transpose transposed, uint32_t* to) {
-  alignas(64) uint32_t tile[kTileSize];
-  for (int64_t k = 0; k < depth; k += kStepDepth)
-    for (int64_t first = 0; first < kPanel; first += kTile, to += kTileSize) {
-      const Lines part{from.data + first * from.next_line + k * from.next, from.next_line,
-                       from.next};
-      if ((from.next == 1) == is_by_line) {
-        read_tile(part, lines - first, depth - k, to);
-      } else {
-        read_tile(part, lines - first, depth - k, tile);
-        transposed(tile, to);
-      }
-    }
+MEDFAST_KERNEL uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
 }
 
-MEDFAST_KERNEL float upper(uint32_t pair) {
-  const uint32_t bits = pair & 0xffff0000u;
+MEDFAST_KERNEL float float_of(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
 
+// The same term of two neighbours as a pair.
+MEDFAST_KERNEL uint32_t pair_of(uint32_t low, uint32_t high) {
+  return low >> 16 | (high & 0xffff0000u);
+}
+
+// Splits a row of a tile: pairs of low[i * next] and high[i * next].
+template <int64_t next>
+MEDFAST_KERNEL void split_row(const float* low, const float* high, uint32_t* to) {
+#pragma omp simd
+  for (int64_t i = 0; i < kTile; ++i) {
+    const float x = low[i * next];
+    const float y = high[i * next];
+    const uint32_t x0 = first_term(bits_of(x));
+    const uint32_t y0 = first_term(bits_of(y));
+    to[i] = pair_of(x0, y0);
+    const float x_rest = x - float_of(x0);
+    const float y_rest = y - float_of(y0);
+    const uint32_t x1 = first_term(bits_of(x_rest));
+    const uint32_t y1 = first_term(bits_of(y_rest));
+    to[kTermSize + i] = pair_of(x1, y1);
+    // All that is left is in the upper half.
+    to[2 * kTermSize + i] =
+        pair_of(bits_of(x_rest - float_of(x1)), bits_of(y_rest - float_of(y1)));
+  }
+}
+
+// Reads the tiles of all terms, kTermSize apart.
+MEDFAST_KERNEL void read_tile(Lines<float> from, int64_t lines, int64_t depth, uint32_t* tile) {
+  const bool is_by_line = from.next == 1;
+  alignas(64) float padded[kTile * kStepDepth];
+  if (lines < kTile || depth < kStepDepth || (!is_by_line && from.next_line != 1)) {
+    std::fill(padded, padded + kTile * kStepDepth, 0.0f);
+    const Lines<float> to{padded, is_by_line ? kStepDepth : 1, is_by_line ? 1 : kTile};
+    for (int64_t i = 0; i < std::min(lines, kTile); ++i)
+      for (int64_t k = 0; k < std::min(depth, kStepDepth); ++k)
+        padded[i * to.next_line + k * to.next] = from.data[i * from.next_line + k * from.next];
+    from = to;
+  }
+  for (int64_t i = 0; i < kTile; ++i) {
+    uint32_t* row = tile + i * kTile;
+    if (is_by_line) {
+      const float* line = from.data + i * from.next_line;
+      split_row<2>(line, line + 1, row);
+    } else {
+      const float* low = from.data + 2 * i * from.next;
+      split_row<1>(low, low + from.next, row);
+    }
+  }
+}
+
+using Transpose = void (*)(const uint32_t*, uint32_t*);
+
+template <class T>
+MEDFAST_KERNEL void pack_panel(Lines<T> from, int64_t lines, int64_t depth, bool is_by_line,
+                               Transpose transposed, uint32_t* to) {
+  alignas(64) uint32_t tiles[kStepSize<T>];
+  for (int64_t k = 0; k < depth; k += kStepDepth, to += kStepSize<T>)
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t first = half * kTile;
+      const Lines<T> part{from.data + first * from.next_line + k * from.next, from.next_line,
+                          from.next};
+      uint32_t* tile = to + half * kTileSize;
+      if ((from.next == 1) == is_by_line) {
+        read_tile(part, lines - first, depth - k, tile);
+        continue;
+      }
+      read_tile(part, lines - first, depth - k, tiles);
+      for (int64_t term = 0; term < kTerms<T>; ++term)
+        transposed(tiles + term * kTermSize, tile + term * kTermSize);
+    }
+}
+
+MEDFAST_KERNEL float upper(uint32_t pair) { return float_of(pair & 0xffff0000u); }
+
+// Like AMX, sums the products of a step before it adds them.
+MEDFAST_KERNEL void add_product(const uint32_t* a, const uint32_t* b, float* to) {
+  for (int64_t i = 0; i < kPanel; ++i)
+    for (int64_t half = 0; half < 2; ++half) {
+      float sums[kTile] = {};
+      for (int64_t pair = 0; pair < kTile; ++pair) {
+        const uint32_t x = a[i * kTile + pair];
+        const uint32_t* y = b + half * kTileSize + pair * kTile;
+#pragma omp simd
+        for (int64_t j = 0; j < kTile; ++j)
+          sums[j] += upper(x << 16) * upper(y[j] << 16) + upper(x) * upper(y[j]);
+      }
+      float* all = to + i * kPanel + half * kTile;
+#pragma omp simd
+      for (int64_t j = 0; j < kTile; ++j) all[j] += sums[j];
+    }
+}
+
+template <class T>
 MEDFAST_KERNEL void multiply_kernel(const uint32_t* a, const uint32_t* b, int64_t steps,
                                     bool accumulate, float* to) {
   if (!accumulate) std::fill(to, to + kPanel * kPanel, 0.0f);
-  for (int64_t step = 0; step < steps; ++step, a += kStepSize, b += kStepSize)
-    for (int64_t i = 0; i < kPanel; ++i)
-      for (int64_t pair = 0; pair < kTile; ++pair) {
-        const uint32_t x = a[i * kTile + pair];
-        for (int64_t half = 0; half < 2; ++half) {
-          const uint32_t* y = b + half * kTileSize + pair * kTile;
-          float* sums = to + i * kPanel + half * kTile;
-#pragma omp simd
-          for (int64_t j = 0; j < kTile; ++j)
-            sums[j] += upper(x << 16) * upper(y[j] << 16) + upper(x) * upper(y[j]);
-        }
-      }
+  for (int64_t step = 0; step < steps; ++step, a += kStepSize<T>, b += kStepSize<T>)
+    for (int64_t p = kTerms<T> - 1; p >= 0; --p)
+      for (int64_t q = kTerms<T> - 1 - p; q >= 0; --q)
+        add_product(a + p * kTermSize, b + q * kTermSize, to);
 }
 
+template <class T>
 void multiply_anywhere(const uint32_t* a, const uint32_t* b, int64_t steps, int64_t, int64_t,
                        bool accumulate, float* to) {
-  run<multiply_kernel>(a, b, steps, accumulate, to);
+  run<multiply_kernel<T>>(a, b, steps, accumulate, to);
 }
 
 #if MEDFAST_HAS_AMX
 // Four tiles of sums, two of a and two of b, or fewer where the rest is not wanted.
-template <bool has_second_row, bool has_second_column>
+template <class T, bool has_second_row, bool has_second_column>
 MEDFAST_AMX void multiply_tiles(const uint32_t* a, const uint32_t* b, int64_t steps,
                                 bool accumulate, float* to) {
   // Compilers do not see that tiles are loaded from memory, and stored there.
@@ -170,20 +247,23 @@ MEDFAST_AMX void multiply_tiles(const uint32_t* a, const uint32_t* b, int64_t st
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t step = 0; step < steps; ++step, a += kStepSize, b += kStepSize) {
-    _tile_loadd(4, a, kRowBytes);
-    _tile_loadd(6, b, kRowBytes);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (has_second_column) {
-      _tile_loadd(7, b + kTileSize, kRowBytes);
-      _tile_dpbf16ps(1, 4, 7);
+  for (int64_t step = 0; step < steps; ++step, a += kStepSize<T>, b += kStepSize<T>)
+    for (int64_t p = kTerms<T> - 1; p >= 0; --p) {
+      const uint32_t* x = a + p * kTermSize;
+      _tile_loadd(4, x, kRowBytes);
+      if constexpr (has_second_row) _tile_loadd(5, x + kTileSize, kRowBytes);
+      for (int64_t q = kTerms<T> - 1 - p; q >= 0; --q) {
+        const uint32_t* y = b + q * kTermSize;
+        _tile_loadd(6, y, kRowBytes);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (has_second_column) {
+          _tile_loadd(7, y + kTileSize, kRowBytes);
+          _tile_dpbf16ps(1, 4, 7);
+        }
+        if constexpr (has_second_row) _tile_dpbf16ps(2, 5, 6);
+        if constexpr (has_second_row && has_second_column) _tile_dpbf16ps(3, 5, 7);
+      }
     }
-    if constexpr (has_second_row) {
-      _tile_loadd(5, a + kTileSize, kRowBytes);
-      _tile_dpbf16ps(2, 5, 6);
-    }
-    if constexpr (has_second_row && has_second_column) _tile_dpbf16ps(3, 5, 7);
-  }
   _tile_stored(0, to, kSumBytes);
   _tile_stored(1, to + kTile, kSumBytes);
   _tile_stored(2, to + kTile * kPanel, kSumBytes);
@@ -191,12 +271,14 @@ MEDFAST_AMX void multiply_tiles(const uint32_t* a, const uint32_t* b, int64_t st
   asm volatile("" ::: "memory");
 }
 
+template <class T>
 void multiply_amx(const uint32_t* a, const uint32_t* b, int64_t steps, int64_t rows,
                   int64_t columns, bool accumulate, float* to) {
-  const auto product = rows > kTile ? (columns > kTile ? multiply_tiles<true, true>
-                                                       : multiply_tiles<true, false>)
-                                    : (columns > kTile ? multiply_tiles<false, true>
-                                                       : multiply_tiles<false, false>);
+  const bool has_second_row = rows > kTile;
+  const auto product = columns > kTile ? (has_second_row ? multiply_tiles<T, true, true>
+                                                         : multiply_tiles<T, false, true>)
+                                       : (has_second_row ? multiply_tiles<T, true, false>
+                                                         : multiply_tiles<T, false, false>);
   product(a, b, steps, accumulate, to);
 }
 
@@ -223,20 +305,27 @@ MEDFAST_AMX void release() { _tile_release(); }
 
 }  // namespace
 
-void pack(Lines from, int64_t lines, int64_t depth, bool is_by_line, uint32_t* to) {
+template <class T>
+void pack(Lines<T> from, int64_t lines, int64_t depth, bool is_by_line, uint32_t* to) {
   Transpose transposed = transpose;
 #if MEDFAST_X86
   if (chosen >= InstructionSet::avx512) transposed = transpose_avx512;
 #endif
-  run<pack_panel>(from, lines, depth, is_by_line, transposed, to);
+  run<pack_panel<T>>(from, lines, depth, is_by_line, transposed, to);
 }
 
+template <class T>
 Multiply chosen_multiply() {
 #if MEDFAST_HAS_AMX
-  if (chosen == InstructionSet::amx) return multiply_amx;
+  if (chosen == InstructionSet::amx) return multiply_amx<T>;
 #endif
-  return multiply_anywhere;
+  return multiply_anywhere<T>;
 }
+
+template void pack(Lines<bf16>, int64_t, int64_t, bool, uint32_t*);
+template void pack(Lines<float>, int64_t, int64_t, bool, uint32_t*);
+template Multiply chosen_multiply<bf16>();
+template Multiply chosen_multiply<float>();
 
 TileRegisters::TileRegisters() {
 #if MEDFAST_HAS_AMX

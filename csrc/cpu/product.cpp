@@ -1,4 +1,4 @@
-#include "bf16_product.h"
+#include "product.h"
 
 #include <algorithm>
 
@@ -29,8 +29,9 @@ MEDFAST_KERNEL void write(const float* product, int64_t rows, int64_t columns, f
 
 }  // namespace
 
-void bf16_product(int64_t count, int64_t rows, int64_t columns, int64_t depth, Bf16Matrix a,
-                  Bf16Matrix b, float alpha, bool accumulate, FloatMatrix out) {
+template <class T>
+void product(int64_t count, int64_t rows, int64_t columns, int64_t depth, Matrix<T> a,
+             Matrix<T> b, float alpha, bool accumulate, Result out) {
   const int64_t shares =
       ceil_div(kTasksPerThread * threads(), count * ceil_div(columns, kMostColumns));
   const int64_t block_rows =
@@ -38,12 +39,17 @@ void bf16_product(int64_t count, int64_t rows, int64_t columns, int64_t depth, B
   // Of about equal depth.
   const int64_t block_depth = ceil_div(depth, ceil_div(depth, kPanelDepth));
   for_each_product(count, rows, columns, depth, a, b, {block_rows, kMostColumns, block_depth},
-                   [&](const float* product, int64_t which, int64_t i, int64_t j, int64_t height,
+                   [&](const float* part, int64_t which, int64_t i, int64_t j, int64_t height,
                        int64_t width, bool is_first) {
-                     run<write>(product, height, width, alpha, accumulate || !is_first,
+                     run<write>(part, height, width, alpha, accumulate || !is_first,
                                 out.data + which * out.next + i * out.row_stride + j,
                                 out.row_stride);
                    });
 }
+
+template void product(int64_t, int64_t, int64_t, int64_t, Matrix<bf16>, Matrix<bf16>, float, bool,
+                      Result);
+template void product(int64_t, int64_t, int64_t, int64_t, Matrix<float>, Matrix<float>, float,
+                      bool, Result);
 
 }  // namespace medfast
