@@ -85,6 +85,12 @@ PYBIND11_MODULE(_C, m) {
       py::arg("a_strides"), py::arg("b"), py::arg("b_strides"), py::arg("alpha"),
       py::arg("accumulate"), py::arg("out"), py::arg("out_strides"), py::arg("is_bf16"), no_gil);
   m.def(
+      "largest_norm",
+      [](uintptr_t features, int64_t rows, int64_t width) {
+        return medfast::largest_norm(at<medfast::bf16>(features), rows, width);
+      },
+      py::arg("features"), py::arg("rows"), py::arg("width"), no_gil);
+  m.def(
       "clip_loss_sums",
       [](uintptr_t logits, int64_t stride, int64_t rows, int64_t columns, float shift,
          uintptr_t row_sums, uintptr_t column_sums, uintptr_t kept, int64_t kept_stride,

@@ -21,6 +21,7 @@ def product(
     out_strides: Sequence[int],
     is_bf16: bool,
 ) -> None: ...
+def largest_norm(features: int, rows: int, width: int) -> float: ...
 def clip_loss_sums(
     logits: int,
     stride: int,

@@ -24,6 +24,13 @@ constexpr int64_t kProductRows = 256;
 constexpr int64_t kProductColumns = 4096;
 constexpr int32_t kLowest = -32768;
 
+MEDFAST_KERNEL void square_norm(const bf16* row, int64_t width, float* sum) {
+  float total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t k = 0; k < width; ++k) total += load(row + k) * load(row + k);
+  *sum = total;
+}
+
 MEDFAST_KERNEL void keep(float logit, float steps_per_unit, int16_t* to) {
   const float x = logit * steps_per_unit;
   const float within = x > static_cast<float>(kLowest) ? x : static_cast<float>(kLowest);
@@ -157,6 +164,16 @@ double gradient_of_rows(const In* logits, int64_t stride, float step, int64_t ro
 
 }  // namespace
 
+float largest_norm(const bf16* features, int64_t rows, int64_t width) {
+  std::vector<float> squares(rows);
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < rows; ++i) run<square_norm>(features + i * width, width, &squares[i]);
+  float largest = 0;
+  for (const float square : squares)
+    if (square > largest || square != square) largest = square;
+  return std::sqrt(largest);
+}
+
 void clip_loss_sums(const float* logits, int64_t stride, int64_t rows, int64_t columns,
                     float shift, float* row_sums, float* column_sums, KeptLogits<int16_t> kept) {
   const int64_t row_blocks = (rows + kBlockRows - 1) / kBlockRows;
@@ -243,8 +260,8 @@ template void clip_loss_sums_of_features(Matrix<float>, Matrix<float>, int64_t, 
 template double clip_loss_gradient(const float*, int64_t, int64_t, int64_t, float, const float*,
                                    const float*, float*);
 template double clip_loss_gradient(const float*, int64_t, int64_t, int64_t, float, const float*,
-                                 const float*, bf16*);
-template double clip_loss_gradient(KeptLogits<int16_t>, int64_t, int64_t, float, const float*, const float*,
-                                 bf16*);
+                                   const float*, bf16*);
+template double clip_loss_gradient(KeptLogits<int16_t>, int64_t, int64_t, float, const float*,
+                                   const float*, bf16*);
 
 }  // namespace medfast

@@ -18,6 +18,9 @@ struct KeptLogits {
   float step;
 };
 
+// The largest norm of a row of features [rows, width]; NaN if there is one.
+float largest_norm(const bf16* features, int64_t rows, int64_t width);
+
 // row_sums[i] = sum_j e^(l_ij - shift), column_sums[j] = sum_i e^(l_ij - shift). The logits, which
 // then must not be beyond 2^15 - 1 steps, are kept, unless kept.data is null.
 void clip_loss_sums(const float* logits, int64_t stride, int64_t rows, int64_t columns,

@@ -103,8 +103,8 @@ MEDFAST_KERNEL void read_tile(Lines<bf16> from, int64_t lines, int64_t depth, ui
   }
 }
 
-// The first term of x: in its upper half, rounded. Where x is NaN this may be anything, but the last
-// term is NaN.
+// The first term of x: in its upper half, rounded. Where x is NaN this may be anything, but the
+// last term is NaN.
 MEDFAST_KERNEL uint32_t first_term(uint32_t x) { return (x + 0x8000u) & 0xffff0000u; }
 
 MEDFAST_KERNEL uint32_t bits_of(float x) {

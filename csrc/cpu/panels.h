@@ -20,10 +20,10 @@ struct Matrix {
   int64_t next;
 };
 
-// Processors that have AMX multiply bf16 more than twenty times as fast as fp32. So fp32 is taken as
-// the sum of three terms of bf16, which it is exactly, each at most 2^-9 of the one before. Of the
-// products of terms, those of term p and term q with p + q < kTerms count: six of nine; what is
-// left out is at most 2^-26 of the product, less than its rounding to fp32.
+// Processors that have AMX multiply bf16 more than twenty times as fast as fp32. So fp32 is taken
+// as the sum of three terms of bf16, which it is exactly, each at most 2^-8 of the one before. Of
+// the products of terms, those of term p and term q with p + q < kTerms count: six of nine; what
+// is left out is at most 2^-23 of the product, two roundings to fp32.
 template <class T>
 constexpr int64_t kTerms = 1;
 template <>
@@ -91,8 +91,8 @@ struct Blocks {
   int64_t depth;
 };
 
-// Calls use(product, which, i, j, height, width, is_first) for each [height, width] part, at (i, j),
-// of each of `count` products a @ b, a [rows, depth], b [depth, columns]. Rows of `product` are
+// Calls use(product, which, i, j, height, width, is_first) for each [height, width] part, at
+// (i, j), of each of `count` products a @ b, a [rows, depth], b [depth, columns]. Rows of `product` are
 // kPanel apart; it may be overwritten. Where blocks are less deep, use is called for one after the
 // other, behind a barrier, first with is_first. No sum depends on the number of threads.
 template <class T, class Use>

@@ -37,6 +37,10 @@ class Passes:
     def __init__(self, logit_scale: Tensor) -> None:
         """Take the scale [] of the logits, from which subclasses foresee their size."""
 
+    def largest_norm(self, features: Tensor) -> float:
+        """Return the largest norm of a row."""
+        return torch.linalg.vector_norm(features, dim=1, dtype=torch.float32).max().item()
+
     def of_features(
         self, rows: Tensor, columns: Tensor, offset: int, kept: Tensor | KeptLogits | None
     ) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -100,7 +104,7 @@ def forward(
         kept: Where the logits stay for the backward, [M, N], or empty; int16 for `KeptLogits`.
         passes: The passes over a tile.
     """
-    in_steps = _in_steps(kept, rows, columns, logit_scale)
+    in_steps = _in_steps(kept, rows, columns, logit_scale, passes)
     keeps_all = kept.numel() > 0 and kept.dtype == tiles.summable(rows)
     found = passes.of_features(rows, columns, offset, kept if keeps_all else in_steps)
     if found is not None:
@@ -163,7 +167,7 @@ def backward(
     """
     products = tiles.Products(rows, columns, needs_rows, needs_columns)
     d_log_scale = tiles.LogScaleGradient()
-    in_steps = _in_steps(kept, rows, columns, logit_scale)
+    in_steps = _in_steps(kept, rows, columns, logit_scale, passes)
     keeps_all = kept.numel() > 0 and kept.dtype == own.dtype
     if keeps_all or in_steps is not None:
         walk = tiles.kept_tiles(rows, columns, kept)
@@ -196,7 +200,7 @@ def backward(
 
 
 def _in_steps(
-    kept: Tensor, rows: Tensor, columns: Tensor, logit_scale: Tensor
+    kept: Tensor, rows: Tensor, columns: Tensor, logit_scale: Tensor, passes: Passes
 ) -> KeptLogits | None:
     """Return `kept` with the step that suits these features; None if it is not for steps."""
     if kept.dtype != torch.int16 or kept.numel() == 0:
@@ -204,5 +208,5 @@ def _in_steps(
     # No logit is larger (Cauchy and Schwarz).
     largest = logit_scale.abs().item()
     for features in (rows, columns):
-        largest *= torch.linalg.vector_norm(features, dim=1, dtype=torch.float32).max().item()
+        largest *= passes.largest_norm(features)
     return KeptLogits(kept, largest / _STEPS) if 0 < largest <= _LARGEST_KEPT else None

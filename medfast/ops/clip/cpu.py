@@ -36,6 +36,12 @@ class CpuPasses(Passes):
         self.shift = max(abs(self.scale) - _HEADROOM, 0.0)
         self.has_shift = abs(self.scale) <= _MAX_SCALE
 
+    def largest_norm(self, features: Tensor) -> float:
+        x = tiles.operand(features)
+        if x.dtype != torch.bfloat16:
+            return super().largest_norm(x)
+        return _C.largest_norm(x.data_ptr(), *x.shape)
+
     def of_features(
         self, rows: Tensor, columns: Tensor, offset: int, kept: Tensor | KeptLogits | None
     ) -> tuple[Tensor, Tensor, Tensor] | None:
