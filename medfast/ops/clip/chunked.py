@@ -9,12 +9,6 @@ from torch import Tensor
 
 from medfast.ops import tiles
 
-# The largest logit that is kept in 16 bits: the relative error of its exponential, half a step,
-# then is below 2^-10, half of what rounding the gradient to bf16 costs.
-_LARGEST_KEPT = 63.0
-# One less than the highest number, as room for roundings of the logits.
-_STEPS = 2**15 - 2
-
 
 @dataclass(frozen=True)
 class KeptLogits:
@@ -37,9 +31,9 @@ class Passes:
     def __init__(self, logit_scale: Tensor) -> None:
         """Take the scale [] of the logits, from which subclasses foresee their size."""
 
-    def largest_norm(self, features: Tensor) -> float:
-        """Return the largest norm of a row."""
-        return torch.linalg.vector_norm(features, dim=1, dtype=torch.float32).max().item()
+    def in_steps(self, kept: Tensor, rows: Tensor, columns: Tensor) -> KeptLogits | None:
+        """Return `kept` [M, N] with the step that suits these features; None if it has no steps."""
+        return None
 
     def of_features(
         self, rows: Tensor, columns: Tensor, offset: int, kept: Tensor | KeptLogits | None
@@ -104,7 +98,7 @@ def forward(
         kept: Where the logits stay for the backward, [M, N], or empty; int16 for `KeptLogits`.
         passes: The passes over a tile.
     """
-    in_steps = _in_steps(kept, rows, columns, logit_scale, passes)
+    in_steps = passes.in_steps(kept, rows, columns)
     keeps_all = kept.numel() > 0 and kept.dtype == tiles.summable(rows)
     found = passes.of_features(rows, columns, offset, kept if keeps_all else in_steps)
     if found is not None:
@@ -167,7 +161,7 @@ def backward(
     """
     products = tiles.Products(rows, columns, needs_rows, needs_columns)
     d_log_scale = tiles.LogScaleGradient()
-    in_steps = _in_steps(kept, rows, columns, logit_scale, passes)
+    in_steps = passes.in_steps(kept, rows, columns)
     keeps_all = kept.numel() > 0 and kept.dtype == own.dtype
     if keeps_all or in_steps is not None:
         walk = tiles.kept_tiles(rows, columns, kept)
@@ -197,16 +191,3 @@ def backward(
     # Where the own column does not exist, own is -inf and its gradient 0.
     d_log_scale.add(0.0, d_own, own.masked_fill(own == -torch.inf, 0))
     return products.of_rows, products.of_columns, d_log_scale.of_scale(logit_scale)
-
-
-def _in_steps(
-    kept: Tensor, rows: Tensor, columns: Tensor, logit_scale: Tensor, passes: Passes
-) -> KeptLogits | None:
-    """Return `kept` with the step that suits these features; None if it is not for steps."""
-    if kept.dtype != torch.int16 or kept.numel() == 0:
-        return None
-    # No logit is larger (Cauchy and Schwarz).
-    largest = logit_scale.abs().item()
-    for features in (rows, columns):
-        largest *= passes.largest_norm(features)
-    return KeptLogits(kept, largest / _STEPS) if 0 < largest <= _LARGEST_KEPT else None

@@ -23,6 +23,12 @@ _PADDING = 31
 # The kernel cuts exponentials off at e^88: a sum below this holds none that was cut.
 _LARGEST = math.exp(85)
 
+# The largest logit that is kept in 16 bits: the relative error of its exponential, half a step,
+# then is below 2^-10, half of what rounding the gradient to bf16 costs.
+_LARGEST_KEPT = 63.0
+# One less than the highest number, as room for roundings of the logits.
+_STEPS = 2**15 - 2
+
 
 class CpuPasses(Passes):
     """Exponentials of the logits minus one constant serve rows and columns at once.
@@ -36,11 +42,14 @@ class CpuPasses(Passes):
         self.shift = max(abs(self.scale) - _HEADROOM, 0.0)
         self.has_shift = abs(self.scale) <= _MAX_SCALE
 
-    def largest_norm(self, features: Tensor) -> float:
-        x = tiles.operand(features)
-        if x.dtype != torch.bfloat16:
-            return super().largest_norm(x)
-        return _C.largest_norm(x.data_ptr(), *x.shape)
+    def in_steps(self, kept: Tensor, rows: Tensor, columns: Tensor) -> KeptLogits | None:
+        if kept.dtype != torch.int16 or kept.numel() == 0:
+            return None
+        # No logit is larger (Cauchy and Schwarz).
+        largest = abs(self.scale)
+        for x in (tiles.operand(rows), tiles.operand(columns)):
+            largest *= _C.largest_norm(x.data_ptr(), *x.shape)
+        return KeptLogits(kept, largest / _STEPS) if 0 < largest <= _LARGEST_KEPT else None
 
     def of_features(
         self, rows: Tensor, columns: Tensor, offset: int, kept: Tensor | KeptLogits | None
