@@ -69,21 +69,26 @@ PYBIND11_MODULE(_C, m) {
       [](int64_t count, int64_t rows, int64_t columns, int64_t depth, uintptr_t a,
          std::array<int64_t, 3> a_strides, uintptr_t b, std::array<int64_t, 3> b_strides,
          float alpha, bool accumulate, uintptr_t out, std::array<int64_t, 2> out_strides,
-         bool is_bf16) {
-        const auto of = [&](auto* x, auto* y) {
-          const auto matrix = [](auto* data, const std::array<int64_t, 3>& strides) {
-            return medfast::Matrix<std::remove_pointer_t<decltype(data)>>{data, strides[1],
-                                                                          strides[2], strides[0]};
+         bool is_bf16, bool out_is_bf16) {
+        const auto of = [&](auto* x, auto* y, auto* to) {
+          using T = std::remove_pointer_t<decltype(x)>;
+          using Out = std::remove_pointer_t<decltype(to)>;
+          const auto matrix = [](T* data, const std::array<int64_t, 3>& strides) {
+            return medfast::Matrix<T>{data, strides[1], strides[2], strides[0]};
           };
           medfast::product(count, rows, columns, depth, matrix(x, a_strides), matrix(y, b_strides),
-                           alpha, accumulate, {at<float>(out), out_strides[1], out_strides[0]});
+                           alpha, accumulate,
+                           medfast::Result<Out>{to, out_strides[1], out_strides[0]});
         };
-        if (is_bf16) return of(at<medfast::bf16>(a), at<medfast::bf16>(b));
-        of(at<float>(a), at<float>(b));
+        using medfast::bf16;
+        if (!is_bf16) return of(at<float>(a), at<float>(b), at<float>(out));
+        if (out_is_bf16) return of(at<bf16>(a), at<bf16>(b), at<bf16>(out));
+        of(at<bf16>(a), at<bf16>(b), at<float>(out));
       },
       py::arg("count"), py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("a"),
       py::arg("a_strides"), py::arg("b"), py::arg("b_strides"), py::arg("alpha"),
-      py::arg("accumulate"), py::arg("out"), py::arg("out_strides"), py::arg("is_bf16"), no_gil);
+      py::arg("accumulate"), py::arg("out"), py::arg("out_strides"), py::arg("is_bf16"),
+      py::arg("out_is_bf16"), no_gil);
   m.def(
       "largest_norm",
       [](uintptr_t features, int64_t rows, int64_t width) {
@@ -194,13 +199,15 @@ PYBIND11_MODULE(_C, m) {
       [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches,
          uintptr_t similarity, uintptr_t attention, uintptr_t mixed, uintptr_t norms,
          float temperature, float min_norm, uintptr_t scores, bool is_bf16) {
-        const auto pass = [&](const auto* weights) {
+        const auto pass = [&](const auto* weights, const auto* mixed_weights) {
           medfast::local_alignment_scores(token_tile(starts, captions, images, patches),
-                                          at<float>(similarity), weights, at<float>(mixed),
+                                          at<float>(similarity), weights, mixed_weights,
                                           at<float>(norms), temperature, min_norm,
                                           at<float>(scores));
         };
-        is_bf16 ? pass(at<medfast::bf16>(attention)) : pass(at<float>(attention));
+        using medfast::bf16;
+        is_bf16 ? pass(at<bf16>(attention), at<bf16>(mixed))
+                : pass(at<float>(attention), at<float>(mixed));
       },
       py::arg("starts"), py::arg("captions"), py::arg("images"), py::arg("patches"),
       py::arg("similarity"), py::arg("attention"), py::arg("mixed"), py::arg("norms"),
@@ -212,17 +219,16 @@ PYBIND11_MODULE(_C, m) {
          uintptr_t scores, uintptr_t d_scores, float temp_attention, float temp_words,
          float min_norm, uintptr_t attention, uintptr_t d_similarity, uintptr_t weighted,
          uintptr_t d_norms, bool is_bf16) {
-        const auto pass = [&](auto* weights, auto* d_similar, auto* weighted_out) {
+        const auto pass = [&](auto* weights) {
+          using Operand = std::remove_pointer_t<decltype(weights)>;
           return medfast::local_alignment_gradient(
               token_tile(starts, captions, images, patches), at<float>(similarity),
-              at<float>(patch_mask), at<float>(mixed), at<float>(norms), at<float>(scores),
-              at<float>(d_scores), temp_attention, temp_words, min_norm, weights, d_similar,
-              weighted_out, at<float>(d_norms));
+              at<float>(patch_mask), at<Operand>(mixed), at<float>(norms), at<float>(scores),
+              at<float>(d_scores), temp_attention, temp_words, min_norm, weights,
+              at<Operand>(d_similarity), at<Operand>(weighted), at<float>(d_norms));
         };
-        using medfast::bf16;
         const medfast::TemperatureGradients found =
-            is_bf16 ? pass(at<bf16>(attention), at<bf16>(d_similarity), at<bf16>(weighted))
-                    : pass(at<float>(attention), at<float>(d_similarity), at<float>(weighted));
+            is_bf16 ? pass(at<medfast::bf16>(attention)) : pass(at<float>(attention));
         return std::tuple(found.attention, found.words);
       },
       py::arg("starts"), py::arg("captions"), py::arg("images"), py::arg("patches"),

@@ -20,6 +20,7 @@ def product(
     out: int,
     out_strides: Sequence[int],
     is_bf16: bool,
+    out_is_bf16: bool,
 ) -> None: ...
 def largest_norm(features: int, rows: int, width: int) -> float: ...
 def clip_loss_sums(

@@ -1,7 +1,9 @@
 #include "product.h"
 
 #include <algorithm>
+#include <type_traits>
 
+#include "bf16.h"
 #include "instruction_set.h"
 #include "threads.h"
 
@@ -14,42 +16,47 @@ constexpr int64_t kMostColumns = 2048;
 // So that none waits long for the others.
 constexpr int64_t kTasksPerThread = 4;
 
+template <class Out>
 MEDFAST_KERNEL void write(const float* product, int64_t rows, int64_t columns, float alpha,
-                          bool accumulate, float* out, int64_t stride) {
+                          bool accumulate, Out* out, int64_t stride) {
   for (int64_t i = 0; i < rows; ++i, product += kPanel, out += stride) {
     if (accumulate) {
 #pragma omp simd
-      for (int64_t j = 0; j < columns; ++j) out[j] += alpha * product[j];
+      for (int64_t j = 0; j < columns; ++j) store(load(out + j) + alpha * product[j], out + j);
     } else {
 #pragma omp simd
-      for (int64_t j = 0; j < columns; ++j) out[j] = alpha * product[j];
+      for (int64_t j = 0; j < columns; ++j) store(alpha * product[j], out + j);
     }
   }
 }
 
 }  // namespace
 
-template <class T>
+template <class T, class Out>
 void product(int64_t count, int64_t rows, int64_t columns, int64_t depth, Matrix<T> a,
-             Matrix<T> b, float alpha, bool accumulate, Result out) {
+             Matrix<T> b, float alpha, bool accumulate, Result<Out> out) {
   const int64_t shares =
       ceil_div(kTasksPerThread * threads(), count * ceil_div(columns, kMostColumns));
   const int64_t block_rows =
       std::min(kMostRows, kPanel * ceil_div(rows, kPanel * std::max<int64_t>(shares, 1)));
-  // Of about equal depth.
-  const int64_t block_depth = ceil_div(depth, ceil_div(depth, kPanelDepth));
+  // Of about equal depth; but no sum is rounded to bf16 before it is complete.
+  const bool is_summed_there = std::is_same_v<Out, float>;
+  const int64_t block_depth =
+      is_summed_there ? ceil_div(depth, ceil_div(depth, kPanelDepth)) : depth;
   for_each_product(count, rows, columns, depth, a, b, {block_rows, kMostColumns, block_depth},
                    [&](const float* part, int64_t which, int64_t i, int64_t j, int64_t height,
                        int64_t width, bool is_first) {
-                     run<write>(part, height, width, alpha, accumulate || !is_first,
+                     run<write<Out>>(part, height, width, alpha, accumulate || !is_first,
                                 out.data + which * out.next + i * out.row_stride + j,
                                 out.row_stride);
                    });
 }
 
 template void product(int64_t, int64_t, int64_t, int64_t, Matrix<bf16>, Matrix<bf16>, float, bool,
-                      Result);
+                      Result<float>);
+template void product(int64_t, int64_t, int64_t, int64_t, Matrix<bf16>, Matrix<bf16>, float, bool,
+                      Result<bf16>);
 template void product(int64_t, int64_t, int64_t, int64_t, Matrix<float>, Matrix<float>, float,
-                      bool, Result);
+                      bool, Result<float>);
 
 }  // namespace medfast

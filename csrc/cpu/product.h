@@ -1,4 +1,4 @@
-// Products of matrices of bf16 or fp32 with results in fp32.
+// Products of matrices of bf16 or fp32 with sums in fp32.
 
 #pragma once
 
@@ -9,16 +9,18 @@
 namespace medfast {
 
 // Row i is at data + i * row_stride. Of several, each begins `next` entries behind the one before.
+template <class Out>
 struct Result {
-  float* data;
+  Out* data;
   int64_t row_stride;
   int64_t next;
 };
 
 // out = alpha * a @ b, or that added to it, of `count` products: a [rows, depth], b [depth,
-// columns], out [rows, columns]. The order of sums does not depend on the number of threads.
-template <class T>
+// columns], out [rows, columns], of float or, for those of bf16, bf16. The order of sums does not
+// depend on the number of threads.
+template <class T, class Out>
 void product(int64_t count, int64_t rows, int64_t columns, int64_t depth, Matrix<T> a,
-             Matrix<T> b, float alpha, bool accumulate, Result out);
+             Matrix<T> b, float alpha, bool accumulate, Result<Out> out);
 
 }  // namespace medfast

@@ -73,7 +73,8 @@ def bmm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> 
     Several are divided among threads with less ado than one. Of fp32 torch's are the faster.
 
     Args:
-        out: [n, M, N], its rows contiguous.
+        out: [n, M, N], its rows contiguous; of fp32, fp64 or, where `multiplies_bf16()`, bf16, to
+            which complete sums are rounded.
         a: [n, M, K], of a dtype that `matmul_into` takes.
         b: [n, K, N], likewise.
         accumulate: Add to `out` instead of overwriting it.
@@ -81,7 +82,7 @@ def bmm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> 
     Returns:
         `out`.
     """
-    if a.dtype != out.dtype:
+    if a.dtype == torch.bfloat16:
         _products(out, a, b, 1.0, accumulate)
         return out
     if len(out) == 1 or (out.device.type == "cpu" and not _is_intel()):
@@ -109,6 +110,7 @@ def _products(out: Tensor, a: Tensor, b: Tensor, alpha: float, accumulate: bool)
         *(a.data_ptr(), a.stride(), b.data_ptr(), b.stride()),
         *(alpha, accumulate, out.data_ptr(), out.stride()[:2]),
         is_bf16=a.dtype == torch.bfloat16,
+        out_is_bf16=out.dtype == torch.bfloat16,
     )
 
 
