@@ -59,12 +59,7 @@ def matmul_into(
     if a.dtype != out.dtype or (is_fp32 and multiplies_bf16()):
         _products(out[None], a[None], b[None], alpha, accumulate)
         return out
-    if is_fp32 and not _is_intel():
-        product = matmul(a, b)
-        return out.add_(product, alpha=alpha) if accumulate else torch.mul(product, alpha, out=out)
-    if alpha == 1 and not accumulate:
-        return torch.mm(a, b, out=out)
-    return torch.addmm(out, a, b, beta=float(accumulate), alpha=alpha, out=out)
+    return _by_torch(out, a, b, alpha, accumulate)
 
 
 def bmm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> Tensor:
@@ -87,7 +82,7 @@ def bmm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> 
         return out
     if len(out) == 1 or (out.device.type == "cpu" and not _is_intel()):
         for of_one, x, y in zip(out, a, b, strict=True):
-            matmul_into(of_one, x, y, accumulate=accumulate)
+            _by_torch(of_one, x, y, 1.0, accumulate)
         return out
     if accumulate:
         return torch.baddbmm(out, a, b, out=out)
@@ -100,6 +95,16 @@ def multiplies_bf16() -> bool:
     torch itself rounds the result of a bf16 product to bf16.
     """
     return _C is not None and _C.multiplies_bf16()
+
+
+def _by_torch(out: Tensor, a: Tensor, b: Tensor, alpha: float, accumulate: bool) -> Tensor:
+    is_fp32 = out.device.type == "cpu" and out.dtype == torch.float32
+    if is_fp32 and not _is_intel():
+        product = matmul(a, b)
+        return out.add_(product, alpha=alpha) if accumulate else torch.mul(product, alpha, out=out)
+    if alpha == 1 and not accumulate:
+        return torch.mm(a, b, out=out)
+    return torch.addmm(out, a, b, beta=float(accumulate), alpha=alpha, out=out)
 
 
 def _products(out: Tensor, a: Tensor, b: Tensor, alpha: float, accumulate: bool) -> None:

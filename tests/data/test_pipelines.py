@@ -11,7 +11,7 @@ from PIL import Image, ImageCms
 
 from medfast.data import read_split
 from medfast.data.loader import Loader
-from medfast.data.pipelines import DaliLoader, pick_loader
+from medfast.data.pipelines import DaliLoader, _pipeline, pick_loader
 from medfast.data.records import Record
 from medfast.data.views import NO_EXTRA, Extra
 from medfast.errors import UsageError
@@ -148,6 +148,17 @@ def test_after_a_failure_dali_decodes_again(tmp_path, tokenizer):
     sizes = [len(batch) for batch in loader.epoch(0)]
     assert sizes == [1, 2, 2]
     assert loader.failures == 1
+
+
+def test_dali_accepts_the_pipeline_for_a_gpu(monkeypatch):
+    """Its operators and their arguments, as far as DALI judges them without a GPU."""
+    from nvidia.dali import Pipeline
+
+    outputs = []
+    monkeypatch.setattr(Pipeline, "set_outputs", lambda _, *nodes: outputs.extend(nodes))
+    monkeypatch.setattr(Pipeline, "build", lambda _: None)
+    _pipeline(4, 2, torch.device("cuda", 0), size=64, views=2)
+    assert [node.device for node in outputs] == ["gpu", "gpu"]
 
 
 def test_a_mixed_batch_keeps_its_order(tmp_path, twins):

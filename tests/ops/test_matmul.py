@@ -201,6 +201,11 @@ def test_fp32_is_multiplied_where_that_is_fast(monkeypatch, kernels, is_fast):
     _multiply(own, a[None], b[None])
     found = matmul_into(torch.empty(70, 50), a, b)
     assert torch.equal(found, own[0]) == is_fast
+    # Of those that come in batches, each is too small, even if it comes alone.
+    for count in (1, 2):
+        several = torch.empty(count, 70, 50)
+        bmm_into(several, a.expand(count, -1, -1), b.expand(count, -1, -1))
+        assert not torch.equal(several[0], own[0])
 
 
 def test_torch_still_multiplies_bf16_beside_ours(kernels):
