@@ -199,15 +199,13 @@ PYBIND11_MODULE(_C, m) {
       [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches,
          uintptr_t similarity, uintptr_t attention, uintptr_t mixed, uintptr_t norms,
          float temperature, float min_norm, uintptr_t scores, bool is_bf16) {
-        const auto pass = [&](const auto* weights, const auto* mixed_weights) {
+        const auto pass = [&](const auto* weights) {
           medfast::local_alignment_scores(token_tile(starts, captions, images, patches),
-                                          at<float>(similarity), weights, mixed_weights,
+                                          at<float>(similarity), weights, at<float>(mixed),
                                           at<float>(norms), temperature, min_norm,
                                           at<float>(scores));
         };
-        using medfast::bf16;
-        is_bf16 ? pass(at<bf16>(attention), at<bf16>(mixed))
-                : pass(at<float>(attention), at<float>(mixed));
+        is_bf16 ? pass(at<medfast::bf16>(attention)) : pass(at<float>(attention));
       },
       py::arg("starts"), py::arg("captions"), py::arg("images"), py::arg("patches"),
       py::arg("similarity"), py::arg("attention"), py::arg("mixed"), py::arg("norms"),
@@ -223,7 +221,7 @@ PYBIND11_MODULE(_C, m) {
           using Operand = std::remove_pointer_t<decltype(weights)>;
           return medfast::local_alignment_gradient(
               token_tile(starts, captions, images, patches), at<float>(similarity),
-              at<float>(patch_mask), at<Operand>(mixed), at<float>(norms), at<float>(scores),
+              at<float>(patch_mask), at<float>(mixed), at<float>(norms), at<float>(scores),
               at<float>(d_scores), temp_attention, temp_words, min_norm, weights,
               at<Operand>(d_similarity), at<Operand>(weighted), at<float>(d_norms));
         };

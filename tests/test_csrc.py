@@ -237,6 +237,7 @@ def test_sums_of_features_are_those_of_their_logits(kernels, M, N, D, offset, sc
         *(rows.data_ptr(), columns.data_ptr(), M, N, D, scale, offset, shift),
         *(own.data_ptr(), row_sums.data_ptr(), column_sums.data_ptr()),
         *(kept.data_ptr(), stride, step),
+        is_bf16=True,
     )
     logits = scale * rows.double() @ columns.double().T
     is_own = torch.arange(M)[:, None] + offset == torch.arange(N)
@@ -252,9 +253,34 @@ def test_sums_of_features_are_those_of_their_logits(kernels, M, N, D, offset, sc
     assert distance.max() <= step / 2 + 1e-4
 
 
-def test_sums_of_features_do_not_depend_on_the_number_of_threads(kernels):
+@pytest.mark.parametrize("offset", [0, 7])
+def test_fp32_keeps_the_logits_as_they_are(kernels, offset):
     torch.manual_seed(0)
-    rows, columns = (F.normalize(torch.randn(n, 40), dim=1).bfloat16() for n in (1100, 300))
+    M, N, D, shift, stride = 129, 70, 65, 5.0, 73
+    rows, columns = (F.normalize(torch.randn(n, D), dim=1) for n in (M, N))
+    own, row_sums, column_sums = (torch.full((n,), -torch.inf) for n in (M, M, N))
+    kept = torch.zeros(M, stride)
+    kernels.clip_loss_sums_of_features(
+        *(rows.data_ptr(), columns.data_ptr(), M, N, D, 20.0, offset, shift),
+        *(own.data_ptr(), row_sums.data_ptr(), column_sums.data_ptr()),
+        *(kept.data_ptr(), stride, 1.0),
+        is_bf16=False,
+    )
+    logits = 20.0 * rows.double() @ columns.double().T
+    is_own = torch.arange(M)[:, None] + offset == torch.arange(N)
+    torch.testing.assert_close(own[is_own.any(1)].double(), logits[is_own], rtol=1e-6, atol=1e-5)
+    exponentials = (logits - shift).exp().masked_fill(is_own, 0)
+    torch.testing.assert_close(row_sums.double(), exponentials.sum(1), rtol=1e-5, atol=1e-30)
+    torch.testing.assert_close(column_sums.double(), exponentials.sum(0), rtol=1e-5, atol=1e-30)
+    assert (kept[:, N:] == 0).all()
+    want = logits.masked_fill(is_own, -torch.inf)
+    torch.testing.assert_close(kept[:, :N].double(), want, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sums_of_features_do_not_depend_on_the_number_of_threads(kernels, dtype):
+    torch.manual_seed(0)
+    rows, columns = (F.normalize(torch.randn(n, 40), dim=1).to(dtype) for n in (1100, 300))
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -263,6 +289,7 @@ def test_sums_of_features_do_not_depend_on_the_number_of_threads(kernels):
             kernels.clip_loss_sums_of_features(
                 *(rows.data_ptr(), columns.data_ptr(), 1100, 300, 40, 20.0, 0, 0.0),
                 *(x.data_ptr() for x in sums),
+                is_bf16=dtype == torch.bfloat16,
             )
             found.append(torch.cat(sums[1:]))
     finally:

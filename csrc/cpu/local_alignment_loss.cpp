@@ -97,7 +97,7 @@ struct Cosine {
 
 template <class Operand>
 MEDFAST_KERNEL Cosine cosine(const float* similarity, const Operand* attention,
-                             const Operand* mixed, int64_t patches, float word_norm,
+                             const float* mixed, int64_t patches, float word_norm,
                              float min_norm) {
   float dot = 0;
   float square = 0;
@@ -105,7 +105,7 @@ MEDFAST_KERNEL Cosine cosine(const float* similarity, const Operand* attention,
   for (int64_t p = 0; p < patches; ++p) {
     const float a = load(attention + p);
     dot += a * similarity[p];
-    square += a * load(mixed + p);
+    square += a * mixed[p];
   }
   // NaN stays NaN.
   const float norm = square < 0.0f ? 0.0f : std::sqrt(square);
@@ -115,7 +115,7 @@ MEDFAST_KERNEL Cosine cosine(const float* similarity, const Operand* attention,
 
 template <class Operand>
 MEDFAST_KERNEL void score_caption(const float* similarity, const Operand* attention,
-                                  const Operand* mixed, const float* norms, int64_t n,
+                                  const float* mixed, const float* norms, int64_t n,
                                   int64_t images, int64_t patches, float temperature,
                                   float min_norm, float* scores, float* logits) {
   for (int64_t j = 0; j < images; ++j) {
@@ -136,11 +136,11 @@ MEDFAST_KERNEL void score_caption(const float* similarity, const Operand* attent
 
 template <class Operand>
 MEDFAST_KERNEL void gradient_caption(const float* similarity, const float* patch_mask,
-                                     const Operand* mixed, const float* norms,
-                                     const float* scores, const float* d_scores, int64_t n,
-                                     int64_t images, int64_t patches, float temp_attention,
-                                     float temp_words, float min_norm, Operand* attention,
-                                     Operand* d_similarity, Operand* weighted, float* d_norms,
+                                     const float* mixed, const float* norms, const float* scores,
+                                     const float* d_scores, int64_t n, int64_t images,
+                                     int64_t patches, float temp_attention, float temp_words,
+                                     float min_norm, Operand* attention, Operand* d_similarity,
+                                     Operand* weighted, float* d_norms,
                                      TemperatureGradients* d_temperatures, Scratch scratch) {
   const int64_t columns = images * patches;
   attend_caption(similarity, patch_mask, n, images, patches, temp_attention, attention, scratch);
@@ -157,7 +157,7 @@ MEDFAST_KERNEL void gradient_caption(const float* similarity, const float* patch
     for (int64_t j = 0; j < images; ++j) {
       const int64_t at = (t * images + j) * patches;
       const float* s = similarity + at;
-      const Operand* m = mixed + at;
+      const float* m = mixed + at;
       const float* softmax = over_words + at;
       const Operand* a = attention + at;
       const Cosine found = cosine(s, a, m, patches, norms[t], min_norm);
@@ -175,7 +175,7 @@ MEDFAST_KERNEL void gradient_caption(const float* similarity, const float* patch
       float mean = 0;
 #pragma omp simd reduction(+ : mean)
       for (int64_t p = 0; p < patches; ++p) {
-        d_row[p] = d_dot * s[p] + d_square * load(m + p);
+        d_row[p] = d_dot * s[p] + d_square * m[p];
         mean += d_row[p] * load(a + p);
       }
       float total = 0;
@@ -244,7 +244,7 @@ void local_alignment_attend(const TokenTile& tile, const float* similarity,
 
 template <class Operand>
 void local_alignment_scores(const TokenTile& tile, const float* similarity,
-                            const Operand* attention, const Operand* mixed, const float* norms,
+                            const Operand* attention, const float* mixed, const float* norms,
                             float temperature, float min_norm, float* scores) {
   for_each_caption(tile, [&](int64_t c, const Scratch& scratch) {
     const int64_t row = tile.starts[c];
@@ -257,7 +257,7 @@ void local_alignment_scores(const TokenTile& tile, const float* similarity,
 
 template <class Operand>
 TemperatureGradients local_alignment_gradient(
-    const TokenTile& tile, const float* similarity, const float* patch_mask, const Operand* mixed,
+    const TokenTile& tile, const float* similarity, const float* patch_mask, const float* mixed,
     const float* norms, const float* scores, const float* d_scores, float temp_attention,
     float temp_words, float min_norm, Operand* attention, Operand* d_similarity,
     Operand* weighted, float* d_norms) {
@@ -283,9 +283,9 @@ TemperatureGradients local_alignment_gradient(
   template void local_alignment_attend(const TokenTile&, const float*, const float*, float,      \
                                        Operand*);                                                \
   template void local_alignment_scores(const TokenTile&, const float*, const Operand*,           \
-                                       const Operand*, const float*, float, float, float*);      \
+                                       const float*, const float*, float, float, float*);        \
   template TemperatureGradients local_alignment_gradient(                                        \
-      const TokenTile&, const float*, const float*, const Operand*, const float*, const float*,  \
+      const TokenTile&, const float*, const float*, const float*, const float*, const float*,    \
       const float*, float, float, float, Operand*, Operand*, Operand*, float*);
 MEDFAST_INSTANTIATE(float)
 MEDFAST_INSTANTIATE(bf16)

@@ -19,7 +19,7 @@ void local_alignment_attend(const TokenTile& tile, const float* similarity,
 // log-sum-exp of temperature * cosine over each caption's words.
 template <class Operand>
 void local_alignment_scores(const TokenTile& tile, const float* similarity,
-                            const Operand* attention, const Operand* mixed, const float* norms,
+                            const Operand* attention, const float* mixed, const float* norms,
                             float temperature, float min_norm, float* scores);
 
 struct TemperatureGradients {
@@ -33,7 +33,7 @@ struct TemperatureGradients {
 // would have to keep.
 template <class Operand>
 TemperatureGradients local_alignment_gradient(
-    const TokenTile& tile, const float* similarity, const float* patch_mask, const Operand* mixed,
+    const TokenTile& tile, const float* similarity, const float* patch_mask, const float* mixed,
     const float* norms, const float* scores, const float* d_scores, float temp_attention,
     float temp_words, float min_norm, Operand* attention, Operand* d_similarity,
     Operand* weighted, float* d_norms);

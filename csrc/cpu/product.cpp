@@ -35,21 +35,25 @@ MEDFAST_KERNEL void write(const float* product, int64_t rows, int64_t columns, f
 template <class T, class Out>
 void product(int64_t count, int64_t rows, int64_t columns, int64_t depth, Matrix<T> a,
              Matrix<T> b, float alpha, bool accumulate, Result<Out> out) {
-  const int64_t shares =
-      ceil_div(kTasksPerThread * threads(), count * ceil_div(columns, kMostColumns));
+  const int64_t shares = ceil_div(kTasksPerThread * threads(), count);
   const int64_t block_rows =
       std::min(kMostRows, kPanel * ceil_div(rows, kPanel * std::max<int64_t>(shares, 1)));
   // Of about equal depth; but no sum is rounded to bf16 before it is complete.
   const bool is_summed_there = std::is_same_v<Out, float>;
   const int64_t block_depth =
       is_summed_there ? ceil_div(depth, ceil_div(depth, kPanelDepth)) : depth;
-  for_each_product(count, rows, columns, depth, a, b, {block_rows, kMostColumns, block_depth},
-                   [&](const float* part, int64_t which, int64_t i, int64_t j, int64_t height,
-                       int64_t width, bool is_first) {
-                     run<write<Out>>(part, height, width, alpha, accumulate || !is_first,
-                                out.data + which * out.next + i * out.row_stride + j,
-                                out.row_stride);
-                   });
+  // So much of b is packed at a time.
+  for (int64_t left = 0; left < columns; left += kMostColumns) {
+    const Matrix<T> band{b.data + left * b.column_stride, b.row_stride, b.column_stride, b.next};
+    for_each_product(count, rows, std::min(kMostColumns, columns - left), depth, a, band,
+                     {block_rows, kMostColumns, block_depth},
+                     [&](const float* part, int64_t which, int64_t i, int64_t j, int64_t height,
+                         int64_t width, bool is_first) {
+                       run<write<Out>>(part, height, width, alpha, accumulate || !is_first,
+                                       out.data + which * out.next + i * out.row_stride + left + j,
+                                       out.row_stride);
+                     });
+  }
 }
 
 template void product(int64_t, int64_t, int64_t, int64_t, Matrix<bf16>, Matrix<bf16>, float, bool,

@@ -109,13 +109,6 @@ def test_products_are_kept_only_for_a_backward():
         assert not pair_scores(patches.requires_grad_(), *args[1:], "cpu").requires_grad
 
 
-@pytest.mark.usefixtures("bf16_products")
-@pytest.mark.parametrize(("sizes", "kept"), [((5, 6, 5, 8), 1.5 * 30 * 25), ((1, 3, 3, 8), 14)])
-def test_half_of_what_is_kept_is_bf16(sizes, kept):
-    patches, tokens, *_ = batch(*sizes)
-    assert chunked.kept_entries(patches.bfloat16(), tokens.bfloat16()) == kept
-
-
 def test_attention_is_the_one_of_the_loss():
     patches, tokens, token_mask, patch_mask = batch(4, 6, 5, 8, masked=True)
     found = word_patch_attention(patches, tokens, token_mask, patch_mask=patch_mask)

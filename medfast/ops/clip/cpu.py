@@ -29,6 +29,9 @@ _LARGEST_KEPT = 63.0
 # One less than the highest number, as room for roundings of the logits.
 _STEPS = 2**15 - 2
 
+# Rows of features that are longer would take much memory as panels, which are as deep as they.
+_MOST_BYTES = 8192
+
 
 class CpuPasses(Passes):
     """Exponentials of the logits minus one constant serve rows and columns at once.
@@ -61,7 +64,7 @@ class CpuPasses(Passes):
         if not (self.has_shift and matmul.multiplies_bf16()):
             return None
         x, y = tiles.operand(rows), tiles.operand(columns)
-        if x.dtype == torch.float64:
+        if x.dtype == torch.float64 or x.shape[1] * x.itemsize > _MOST_BYTES:
             return None
         own = x.new_full((len(x),), -torch.inf, dtype=torch.float32)
         row_sums, column_sums = (own.new_empty(len(side)) for side in (x, y))

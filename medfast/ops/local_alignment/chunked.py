@@ -33,7 +33,7 @@ class Tile:
     # [N, g, P], softmax of the similarity over each caption's words; empty if attends_again
     over_words: Tensor
     attention: Tensor  # [N, g, P], as products take it
-    mixed: Tensor  # [N, g, P], attention times Gram matrix, as products take it
+    mixed: Tensor  # [N, g, P], attention times Gram matrix
 
 
 class Passes:
@@ -96,7 +96,7 @@ class Passes:
 
         attention = tile.attention.to(scores.dtype)
         d_attention = tile.similarity * d_dot[..., None]
-        d_attention.addcmul_(tile.mixed.to(scores.dtype), d_square[..., None])
+        d_attention.addcmul_(tile.mixed, d_square[..., None])
         d_sharpened = _softmax_backward(d_attention, attention, -1)
         d_temp_attention = torch.dot(d_sharpened.flatten(), tile.over_words.flatten())
         d_over_words = d_sharpened.mul_(self.temp_attention)
@@ -112,8 +112,7 @@ class Passes:
     def _cosines(self, tile: Tile) -> tuple[Tensor, Tensor]:
         """Return the cosines of words and contexts and the contexts' norms, [N, g]."""
         dot = (tile.attention * tile.similarity).sum(-1)
-        mixed = tile.mixed.to(dot.dtype)
-        norms = (tile.attention * mixed).sum(-1).clamp_min_(0).sqrt_()
+        norms = (tile.attention * tile.mixed).sum(-1).clamp_min_(0).sqrt_()
         return dot / (tile.norms[:, None] * norms).clamp_min_(MIN_NORM), norms
 
 
@@ -124,7 +123,7 @@ class _Walk:
         self._plan, self._passes = plan, passes
         self._kept, self._is_known = kept, is_known
         self.norms = [words.features.norm(dim=1, dtype=plan.dtype) for words in plan.groups]
-        self._similarity, self._mixed = plan.buffer(plan.dtype), plan.buffer(plan.operand)
+        self._similarity, self._mixed = plan.buffer(plan.dtype), plan.buffer(plan.dtype)
         self._over_words = None if passes.attends_again else plan.buffer(plan.dtype)
         self._attention = plan.buffer(plan.operand)
 
@@ -141,13 +140,11 @@ class _Walk:
         empty = similarity.new_empty(0)
         over_words = empty if self._over_words is None else self._over_words.of(words, images)
         is_known = False
-        entries = similarity.numel()
-        size = _entries_of_pairs(entries, mixed.dtype, similarity.dtype)
-        if size <= len(self._kept):
+        if 2 * similarity.numel() <= len(self._kept):
             is_known = self._is_known
-            memory, self._kept = self._kept[:size], self._kept[size:]
-            similarity = memory[:entries].view(similarity.shape)
-            mixed = memory[entries:].view(mixed.dtype)[:entries].view(mixed.shape)
+            sizes = [similarity.numel()] * 2
+            *memory, self._kept = self._kept.split([*sizes, len(self._kept) - sum(sizes)])
+            similarity, mixed = (x.view_as(similarity) for x in memory)
         tile = Tile(words, images, self.norms[k], similarity, over_words, attention, mixed)
         if not is_known:
             images.similarity(words, similarity)
@@ -165,15 +162,8 @@ def kept_entries(patches: Tensor, tokens: Tensor) -> int:
     """
     if patches.device.type != "cpu":
         return 0
-    dtype = tiles.summable(patches)
-    spare = workspace_bytes() // dtype.itemsize - packing.CPU_ENTRIES
-    pairs = tokens[..., 0].numel() * patches[..., 0].numel()
-    return max(0, min(spare, _entries_of_pairs(pairs, tiles.operand_dtype(patches), dtype)))
-
-
-def _entries_of_pairs(pairs: int, operand: torch.dtype, dtype: torch.dtype) -> int:
-    """Return how many entries of `dtype` hold one of it and one of `operand` for each pair."""
-    return pairs + -(-pairs * operand.itemsize // dtype.itemsize)
+    spare = workspace_bytes() // tiles.summable(patches).itemsize - packing.CPU_ENTRIES
+    return max(0, min(spare, 2 * tokens[..., 0].numel() * patches[..., 0].numel()))
 
 
 def forward(
