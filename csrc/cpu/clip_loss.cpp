@@ -8,9 +8,9 @@
 
 #include "arithmetic/clip_loss.h"
 #include "bf16.h"
-#include "panels.h"
 #include "exponential.h"
 #include "instruction_set.h"
+#include "panels.h"
 
 namespace medfast {
 namespace {
@@ -215,7 +215,7 @@ void clip_loss_sums_of_features(Matrix<T> rows, Matrix<T> columns, int64_t row_c
     const Matrix<T> band{columns.data + left * columns.column_stride, columns.row_stride,
                          columns.column_stride, 0};
     for_each_product(
-        1, row_count, width, depth, rows, band, {block_rows, width, depth},
+        1, row_count, width, depth, rows, band, {block_rows, depth},
         [&](float* product, int64_t, int64_t i, int64_t j, int64_t height, int64_t count, bool) {
           run<sum_panel<Kept>>(product, height, count, scale, i + offset - left - j, own + i, shift,
                          PanelSums{row_parts.data() + i * kTile,

@@ -87,14 +87,13 @@ uint32_t* memory_of_b(int64_t size);
 // that is summed before `use` sees it.
 struct Blocks {
   int64_t rows;
-  int64_t columns;
   int64_t depth;
 };
 
 // Calls use(product, which, i, j, height, width, is_first) for each [height, width] part, at
-// (i, j), of each of `count` products a @ b, a [rows, depth], b [depth, columns]. Rows of `product` are
-// kPanel apart; it may be overwritten. Where blocks are less deep, use is called for one after the
-// other, behind a barrier, first with is_first. No sum depends on the number of threads.
+// (i, j), of each of `count` products a @ b, a [rows, depth], b [depth, columns]. Rows of `product`
+// are kPanel apart; it may be overwritten. Where blocks are less deep, use is called for one after
+// the other, behind a barrier, first with is_first. No sum depends on the number of threads.
 template <class T, class Use>
 void for_each_product(int64_t count, int64_t rows, int64_t columns, int64_t depth, Matrix<T> a,
                       Matrix<T> b, Blocks blocks, const Use& use) {
@@ -103,8 +102,6 @@ void for_each_product(int64_t count, int64_t rows, int64_t columns, int64_t dept
   constexpr int64_t kMostSteps = kStepsAtATime<T>;
   const int64_t panels = ceil_div(columns, kPanel);
   const int64_t row_blocks = ceil_div(rows, blocks.rows);
-  const int64_t block_panels = ceil_div(blocks.columns, kPanel);
-  const int64_t column_blocks = ceil_div(panels, block_panels);
   const int64_t most_steps = ceil_div(std::min(blocks.depth, depth), kStepDepth);
   const int64_t panel_size = most_steps * kStepSize<T>;
   uint32_t* packed_b = memory_of_b(count * panels * panel_size);
@@ -124,20 +121,18 @@ void for_each_product(int64_t count, int64_t rows, int64_t columns, int64_t dept
         pack(from, columns - j, part, false, packed_b + i * panel_size);
       }
 #pragma omp for schedule(dynamic)
-      for (int64_t t = 0; t < count * row_blocks * column_blocks; ++t) {
-        const int64_t which = t / (row_blocks * column_blocks);
-        const int64_t top = t / column_blocks % row_blocks * blocks.rows;
+      for (int64_t t = 0; t < count * row_blocks; ++t) {
+        const int64_t which = t / row_blocks;
+        const int64_t top = t % row_blocks * blocks.rows;
         const int64_t bottom = std::min(rows, top + blocks.rows);
-        const int64_t left = t % column_blocks * block_panels;
-        const int64_t right = std::min(panels, left + block_panels);
         for (int64_t i = top; i < bottom; i += kPanel) {
           const Lines<T> from{a.data + which * a.next + i * a.row_stride + k * a.column_stride,
                            a.row_stride, a.column_stride};
           pack(from, bottom - i, part, true, packed_a + (i - top) / kPanel * panel_size);
         }
-        for (int64_t first = left; first < right; first += kMostPanels)
+        for (int64_t first = 0; first < panels; first += kMostPanels)
           for (int64_t i = top; i < bottom; i += kPanel) {
-            const int64_t last = std::min(right, first + kMostPanels);
+            const int64_t last = std::min(panels, first + kMostPanels);
             const int64_t height = std::min(kPanel, bottom - i);
             const uint32_t* left_panel = packed_a + (i - top) / kPanel * panel_size;
             for (int64_t step = 0; step < steps; step += kMostSteps)

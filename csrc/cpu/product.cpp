@@ -46,7 +46,7 @@ void product(int64_t count, int64_t rows, int64_t columns, int64_t depth, Matrix
   for (int64_t left = 0; left < columns; left += kMostColumns) {
     const Matrix<T> band{b.data + left * b.column_stride, b.row_stride, b.column_stride, b.next};
     for_each_product(count, rows, std::min(kMostColumns, columns - left), depth, a, band,
-                     {block_rows, kMostColumns, block_depth},
+                     {block_rows, block_depth},
                      [&](const float* part, int64_t which, int64_t i, int64_t j, int64_t height,
                          int64_t width, bool is_first) {
                        run<write<Out>>(part, height, width, alpha, accumulate || !is_first,
