@@ -6,12 +6,14 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
 #include <tuple>
 #include <type_traits>
 
 #include "cpu/bf16.h"
 #include "cpu/clip_loss.h"
 #include "cpu/filip_loss.h"
+#include "cpu/fp16.h"
 #include "cpu/instruction_set.h"
 #include "cpu/local_alignment_loss.h"
 #include "cpu/product.h"
@@ -35,6 +37,12 @@ void with_index(int bytes, uintptr_t a, uintptr_t b, const Pass& pass) {
   if (bytes == 1) return pass(at<uint8_t>(a), at<uint8_t>(b));
   if (bytes == 2) return pass(at<int16_t>(a), at<int16_t>(b));
   pass(at<int32_t>(a), at<int32_t>(b));
+}
+
+// What goes with attention of this type.
+template <class Operand>
+medfast::Mixed<Operand> mixed_with(const Operand*, uintptr_t address, float unit) {
+  return {at<typename medfast::Mixed<Operand>::Stored>(address), unit};
 }
 
 medfast::TokenTile token_tile(uintptr_t starts, int64_t captions, int64_t images,
@@ -69,7 +77,7 @@ PYBIND11_MODULE(_C, m) {
       [](int64_t count, int64_t rows, int64_t columns, int64_t depth, uintptr_t a,
          std::array<int64_t, 3> a_strides, uintptr_t b, std::array<int64_t, 3> b_strides,
          float alpha, bool accumulate, uintptr_t out, std::array<int64_t, 2> out_strides,
-         bool is_bf16, bool out_is_bf16) {
+         bool is_bf16, const std::string& out_dtype) {
         const auto of = [&](auto* x, auto* y, auto* to) {
           using T = std::remove_pointer_t<decltype(x)>;
           using Out = std::remove_pointer_t<decltype(to)>;
@@ -82,13 +90,14 @@ PYBIND11_MODULE(_C, m) {
         };
         using medfast::bf16;
         if (!is_bf16) return of(at<float>(a), at<float>(b), at<float>(out));
-        if (out_is_bf16) return of(at<bf16>(a), at<bf16>(b), at<bf16>(out));
+        if (out_dtype == "bf16") return of(at<bf16>(a), at<bf16>(b), at<bf16>(out));
+        if (out_dtype == "fp16") return of(at<bf16>(a), at<bf16>(b), at<medfast::fp16>(out));
         of(at<bf16>(a), at<bf16>(b), at<float>(out));
       },
       py::arg("count"), py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("a"),
       py::arg("a_strides"), py::arg("b"), py::arg("b_strides"), py::arg("alpha"),
       py::arg("accumulate"), py::arg("out"), py::arg("out_strides"), py::arg("is_bf16"),
-      py::arg("out_is_bf16"), no_gil);
+      py::arg("out_dtype"), no_gil);
   m.def(
       "largest_norm",
       [](uintptr_t features, int64_t rows, int64_t width) {
@@ -197,32 +206,33 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "local_alignment_scores",
       [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches,
-         uintptr_t similarity, uintptr_t attention, uintptr_t mixed, uintptr_t norms,
-         float temperature, float min_norm, uintptr_t scores, bool is_bf16) {
-        const auto pass = [&](const auto* weights) {
+         uintptr_t similarity, uintptr_t attention, uintptr_t mixed, float unit,
+         uintptr_t norms, float temperature, float min_norm, uintptr_t scores, bool is_bf16) {
+        const auto pass = [&](auto* weights) {
           medfast::local_alignment_scores(token_tile(starts, captions, images, patches),
-                                          at<float>(similarity), weights, at<float>(mixed),
-                                          at<float>(norms), temperature, min_norm,
-                                          at<float>(scores));
+                                          at<float>(similarity), weights,
+                                          mixed_with(weights, mixed, unit), at<float>(norms),
+                                          temperature, min_norm, at<float>(scores));
         };
         is_bf16 ? pass(at<medfast::bf16>(attention)) : pass(at<float>(attention));
       },
       py::arg("starts"), py::arg("captions"), py::arg("images"), py::arg("patches"),
-      py::arg("similarity"), py::arg("attention"), py::arg("mixed"), py::arg("norms"),
-      py::arg("temperature"), py::arg("min_norm"), py::arg("scores"), py::arg("is_bf16"), no_gil);
+      py::arg("similarity"), py::arg("attention"), py::arg("mixed"), py::arg("unit"),
+      py::arg("norms"), py::arg("temperature"), py::arg("min_norm"), py::arg("scores"),
+      py::arg("is_bf16"), no_gil);
   m.def(
       "local_alignment_gradient",
       [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches,
-         uintptr_t similarity, uintptr_t patch_mask, uintptr_t mixed, uintptr_t norms,
-         uintptr_t scores, uintptr_t d_scores, float temp_attention, float temp_words,
-         float min_norm, uintptr_t attention, uintptr_t d_similarity, uintptr_t weighted,
-         uintptr_t d_norms, bool is_bf16) {
+         uintptr_t similarity, uintptr_t patch_mask, uintptr_t mixed, float unit,
+         uintptr_t norms, uintptr_t scores, uintptr_t d_scores, float temp_attention,
+         float temp_words, float min_norm, uintptr_t attention, uintptr_t d_similarity,
+         uintptr_t weighted, uintptr_t d_norms, bool is_bf16) {
         const auto pass = [&](auto* weights) {
           using Operand = std::remove_pointer_t<decltype(weights)>;
           return medfast::local_alignment_gradient(
               token_tile(starts, captions, images, patches), at<float>(similarity),
-              at<float>(patch_mask), at<float>(mixed), at<float>(norms), at<float>(scores),
-              at<float>(d_scores), temp_attention, temp_words, min_norm, weights,
+              at<float>(patch_mask), mixed_with(weights, mixed, unit), at<float>(norms),
+              at<float>(scores), at<float>(d_scores), temp_attention, temp_words, min_norm, weights,
               at<Operand>(d_similarity), at<Operand>(weighted), at<float>(d_norms));
         };
         const medfast::TemperatureGradients found =
@@ -230,10 +240,10 @@ PYBIND11_MODULE(_C, m) {
         return std::tuple(found.attention, found.words);
       },
       py::arg("starts"), py::arg("captions"), py::arg("images"), py::arg("patches"),
-      py::arg("similarity"), py::arg("patch_mask"), py::arg("mixed"), py::arg("norms"),
-      py::arg("scores"), py::arg("d_scores"), py::arg("temp_attention"), py::arg("temp_words"),
-      py::arg("min_norm"), py::arg("attention"), py::arg("d_similarity"), py::arg("weighted"),
-      py::arg("d_norms"), py::arg("is_bf16"), no_gil);
+      py::arg("similarity"), py::arg("patch_mask"), py::arg("mixed"), py::arg("unit"),
+      py::arg("norms"), py::arg("scores"), py::arg("d_scores"), py::arg("temp_attention"),
+      py::arg("temp_words"), py::arg("min_norm"), py::arg("attention"), py::arg("d_similarity"),
+      py::arg("weighted"), py::arg("d_norms"), py::arg("is_bf16"), no_gil);
   m.def(
       "filip_loss_maxima",
       [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches,

@@ -20,7 +20,7 @@ def product(
     out: int,
     out_strides: Sequence[int],
     is_bf16: bool,
-    out_is_bf16: bool,
+    out_dtype: str,
 ) -> None: ...
 def largest_norm(features: int, rows: int, width: int) -> float: ...
 def clip_loss_sums(
@@ -113,6 +113,7 @@ def local_alignment_scores(
     similarity: int,
     attention: int,
     mixed: int,
+    unit: float,
     norms: int,
     temperature: float,
     min_norm: float,
@@ -127,6 +128,7 @@ def local_alignment_gradient(
     similarity: int,
     patch_mask: int,
     mixed: int,
+    unit: float,
     norms: int,
     scores: int,
     d_scores: int,

@@ -3,9 +3,9 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "arithmetic/bf16.h"
+#include "bits.h"
 #include "instruction_set.h"
 
 namespace medfast {
@@ -24,10 +24,7 @@ MEDFAST_KERNEL void store(float x, bf16* to) {
 MEDFAST_KERNEL float load(const float* from) { return *from; }
 
 MEDFAST_KERNEL float load(const bf16* from) {
-  const uint32_t bits = static_cast<uint32_t>(from->bits) << 16;
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
+  return float_of(static_cast<uint32_t>(from->bits) << 16);
 }
 
 }  // namespace medfast

@@ -3,8 +3,8 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
+#include "bits.h"
 #include "instruction_set.h"
 
 namespace medfast {
@@ -28,12 +28,8 @@ MEDFAST_KERNEL float exponential(float x) {
   p = p * r + 0.4999999404f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 127) << 23;  // the exponent field of 2^n
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return p * power;
+  // The exponent field of 2^n.
+  return p * float_of((bits_of(shifted) + 127) << 23);
 }
 
 }  // namespace medfast

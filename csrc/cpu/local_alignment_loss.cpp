@@ -4,90 +4,141 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <vector>
 
-#include "bf16.h"
 #include "exponential.h"
 
 namespace medfast {
 namespace {
 
 constexpr float kTiny = std::numeric_limits<float>::min();
+// e^-60 and sums of such terms are far from what fp32 cannot hold.
+constexpr float kHeadroom = 60.0f;
 
-// The kernels below are about one caption of n words; columns = images * patches.
+// In memory of the kernels a row of patches is followed by zeros up to a whole number of vectors:
+// what is left over would be a good part of the time, an entry at a time.
+constexpr int64_t kLanes = 16;
 
-// Memory of a thread for one caption.
-struct Scratch {
-  float* over_words;   // [n, columns]
-  float* d_sharpened;  // [n, columns]
-  float* of_words;     // [n, images]
-  float* highest;      // [columns], as the rest
-  float* sums;
-  float* row;
+MEDFAST_KERNEL int64_t padded(int64_t patches) { return (patches + kLanes - 1) / kLanes * kLanes; }
+
+// The kernels below are about one caption of n words: row t * images + j is that of word t and
+// image j.
+struct Rows {
+  int64_t n;
+  int64_t images;
+  int64_t patches;
 };
 
-// over_words = softmax of the similarity over the rows, but for the division by its sums, which
+// Memory of a thread for them.
+struct Scratch {
+  float* over_words;   // [n * images, padded]
+  float* d_sharpened;  // [n * images, padded]
+  float* of_words;     // [n * images]
+  float* mask;         // [images, padded]
+  float* highest;      // [images, padded]
+  float* sums;         // [images, padded]
+  float* similarity;   // [padded], as the rest
+  float* mixed;
+  float* attention;
+};
+
+// Entries of 16 bits are widened and rounded in loops of their own: in one loop with those of 32
+// bits, compilers use vectors of half the width.
+template <class T>
+MEDFAST_KERNEL const float* read_row(const T* from, float unit, int64_t patches, float* to) {
+  const int64_t whole = patches / kLanes * kLanes;
+#pragma omp simd
+  for (int64_t p = 0; p < whole; ++p) to[p] = unit * load(from + p);
+  if (whole == patches) return to;
+  T last[kLanes] = {};
+  for (int64_t p = 0; p < kLanes; ++p)
+    if (whole + p < patches) last[p] = from[whole + p];
+#pragma omp simd
+  for (int64_t p = 0; p < kLanes; ++p) to[whole + p] = unit * load(last + p);
+  return to;
+}
+
+template <class T>
+MEDFAST_KERNEL void write_row(const float* from, float factor, int64_t patches, T* to) {
+  const int64_t whole = patches / kLanes * kLanes;
+#pragma omp simd
+  for (int64_t p = 0; p < whole; ++p) store(factor * from[p], to + p);
+  if (whole == patches) return;
+  T last[kLanes];
+#pragma omp simd
+  for (int64_t p = 0; p < kLanes; ++p) store(factor * from[whole + p], last + p);
+  for (int64_t p = 0; p < kLanes; ++p)
+    if (whole + p < patches) to[whole + p] = last[p];
+}
+
+// over_words = softmax of the similarity over the words, but for the division by its sums, which
 // become their inverses.
-MEDFAST_KERNEL void softmax_over_rows(const float* similarity, int64_t n, int64_t columns,
-                                      Scratch scratch) {
+MEDFAST_KERNEL void softmax_over_words(const float* similarity, Rows rows, Scratch scratch) {
+  const int64_t width = padded(rows.patches);
   float* highest = scratch.highest;
   float* sums = scratch.sums;
-  for (int64_t c = 0; c < columns; ++c) {
-    highest[c] = similarity[c];
-    sums[c] = 0;
-  }
-  for (int64_t t = 1; t < n; ++t) {
-    const float* row = similarity + t * columns;
+  std::fill(highest, highest + rows.images * width, -INFINITY);
+  std::fill(sums, sums + rows.images * width, 0.0f);
+  for (int64_t i = 0; i < rows.n * rows.images; ++i) {
+    float* row = scratch.over_words + i * width;
+    read_row(similarity + i * rows.patches, 1.0f, rows.patches, row);
+    float* high = highest + i % rows.images * width;
 #pragma omp simd
-    for (int64_t c = 0; c < columns; ++c) highest[c] = row[c] > highest[c] ? row[c] : highest[c];
+    for (int64_t p = 0; p < width; ++p) high[p] = row[p] > high[p] ? row[p] : high[p];
   }
-  for (int64_t t = 0; t < n; ++t) {
-    const float* row = similarity + t * columns;
-    float* out = scratch.over_words + t * columns;
+  for (int64_t i = 0; i < rows.n * rows.images; ++i) {
+    const float* high = highest + i % rows.images * width;
+    float* sum = sums + i % rows.images * width;
+    float* row = scratch.over_words + i * width;
 #pragma omp simd
-    for (int64_t c = 0; c < columns; ++c) {
-      out[c] = exponential(row[c] - highest[c]);
-      sums[c] += out[c];
+    for (int64_t p = 0; p < width; ++p) {
+      row[p] = exponential(row[p] - high[p]);
+      sum[p] += row[p];
     }
   }
 #pragma omp simd
-  for (int64_t c = 0; c < columns; ++c) sums[c] = 1.0f / sums[c];
+  for (int64_t p = 0; p < rows.images * width; ++p) sums[p] = 1.0f / sums[p];
 }
 
-// Divides a row of over_words by its sums; attention = softmax of temperature times that.
+// Divides row i of over_words by its sums; attention = softmax of temperature times that. Returns
+// it as it was rounded.
 template <class Operand>
-MEDFAST_KERNEL void softmax_of_row(float* over_words, const float* inverse_sums, const float* mask,
-                                   int64_t patches, float temperature, Operand* attention,
-                                   float* row) {
-  float highest = -INFINITY;
+MEDFAST_KERNEL const float* softmax_of_row(int64_t i, Rows rows, float temperature,
+                                           Operand* attention, Scratch scratch) {
+  const int64_t width = padded(rows.patches);
+  float* over_words = scratch.over_words + i * width;
+  const float* inverse_sums = scratch.sums + i % rows.images * width;
+  const float* mask = scratch.mask + i % rows.images * width;
+  float* row = scratch.attention;
+#pragma omp simd
+  for (int64_t p = 0; p < width; ++p) over_words[p] *= inverse_sums[p];
+  // Nothing is larger: of the other softmax no entry is above 1, or below 0.
+  float highest = std::max(temperature, 0.0f);
+  if (!(std::abs(temperature) <= kHeadroom)) {
+    highest = -INFINITY;
 #pragma omp simd reduction(max : highest)
-  for (int64_t p = 0; p < patches; ++p) {
-    over_words[p] *= inverse_sums[p];
-    const float x = mask[p] > 0.0f ? temperature * over_words[p] : -INFINITY;
-    highest = x > highest ? x : highest;
+    for (int64_t p = 0; p < width; ++p) {
+      const float x = mask[p] > 0.0f ? temperature * over_words[p] : -INFINITY;
+      highest = x > highest ? x : highest;
+    }
   }
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t p = 0; p < patches; ++p) {
+  for (int64_t p = 0; p < width; ++p) {
     row[p] = mask[p] * exponential(temperature * over_words[p] - highest);
     sum += row[p];
   }
-  const float inverse = 1.0f / sum;
-#pragma omp simd
-  for (int64_t p = 0; p < patches; ++p) store(row[p] * inverse, attention + p);
+  write_row(row, 1.0f / sum, rows.patches, attention + i * rows.patches);
+  return read_row(attention + i * rows.patches, 1.0f, rows.patches, row);
 }
 
 template <class Operand>
-MEDFAST_KERNEL void attend_caption(const float* similarity, const float* patch_mask, int64_t n,
-                                   int64_t images, int64_t patches, float temperature,
+MEDFAST_KERNEL void attend_caption(const float* similarity, Rows rows, float temperature,
                                    Operand* attention, Scratch scratch) {
-  softmax_over_rows(similarity, n, images * patches, scratch);
-  for (int64_t t = 0; t < n; ++t)
-    for (int64_t j = 0; j < images; ++j) {
-      const int64_t at = (t * images + j) * patches;
-      softmax_of_row(scratch.over_words + at, scratch.sums + j * patches, patch_mask + j * patches,
-                     patches, temperature, attention + at, scratch.row);
-    }
+  softmax_over_words(similarity, rows, scratch);
+  for (int64_t i = 0; i < rows.n * rows.images; ++i)
+    softmax_of_row(i, rows, temperature, attention, scratch);
 }
 
 struct Cosine {
@@ -95,17 +146,14 @@ struct Cosine {
   float context_norm;
 };
 
-template <class Operand>
-MEDFAST_KERNEL Cosine cosine(const float* similarity, const Operand* attention,
-                             const float* mixed, int64_t patches, float word_norm,
-                             float min_norm) {
+MEDFAST_KERNEL Cosine cosine(const float* similarity, const float* attention, const float* mixed,
+                             int64_t width, float word_norm, float min_norm) {
   float dot = 0;
   float square = 0;
 #pragma omp simd reduction(+ : dot, square)
-  for (int64_t p = 0; p < patches; ++p) {
-    const float a = load(attention + p);
-    dot += a * similarity[p];
-    square += a * mixed[p];
+  for (int64_t p = 0; p < width; ++p) {
+    dot += attention[p] * similarity[p];
+    square += attention[p] * mixed[p];
   }
   // NaN stays NaN.
   const float norm = square < 0.0f ? 0.0f : std::sqrt(square);
@@ -115,118 +163,123 @@ MEDFAST_KERNEL Cosine cosine(const float* similarity, const Operand* attention,
 
 template <class Operand>
 MEDFAST_KERNEL void score_caption(const float* similarity, const Operand* attention,
-                                  const float* mixed, const float* norms, int64_t n,
-                                  int64_t images, int64_t patches, float temperature,
-                                  float min_norm, float* scores, float* logits) {
-  for (int64_t j = 0; j < images; ++j) {
-    float highest = -INFINITY;
-    for (int64_t t = 0; t < n; ++t) {
-      const int64_t at = (t * images + j) * patches;
-      logits[t] = temperature * cosine(similarity + at, attention + at, mixed + at, patches,
-                                       norms[t], min_norm)
-                                    .value;
-      highest = logits[t] > highest ? logits[t] : highest;
+                                  Mixed<Operand> mixed, const float* norms, Rows rows,
+                                  float temperature, float min_norm, float* scores,
+                                  Scratch scratch) {
+  const int64_t width = padded(rows.patches);
+  float* logits = scratch.of_words;
+  std::fill(scores, scores + rows.images, -INFINITY);
+  for (int64_t t = 0; t < rows.n; ++t)
+    for (int64_t j = 0; j < rows.images; ++j) {
+      const int64_t i = t * rows.images + j;
+      const int64_t at = i * rows.patches;
+      const float* s = read_row(similarity + at, 1.0f, rows.patches, scratch.similarity);
+      const float* m = read_row(mixed.data + at, mixed.unit, rows.patches, scratch.mixed);
+      const float* a = read_row(attention + at, 1.0f, rows.patches, scratch.attention);
+      logits[i] = temperature * cosine(s, a, m, width, norms[t], min_norm).value;
+      scores[j] = logits[i] > scores[j] ? logits[i] : scores[j];
     }
+  for (int64_t j = 0; j < rows.images; ++j) {
     float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t t = 0; t < n; ++t) sum += exponential(logits[t] - highest);
-    scores[j] = highest + std::log(sum);
+    for (int64_t t = 0; t < rows.n; ++t)
+      sum += exponential(logits[t * rows.images + j] - scores[j]);
+    scores[j] += std::log(sum);
   }
 }
 
 template <class Operand>
-MEDFAST_KERNEL void gradient_caption(const float* similarity, const float* patch_mask,
-                                     const float* mixed, const float* norms, const float* scores,
-                                     const float* d_scores, int64_t n, int64_t images,
-                                     int64_t patches, float temp_attention, float temp_words,
-                                     float min_norm, Operand* attention, Operand* d_similarity,
-                                     Operand* weighted, float* d_norms,
+MEDFAST_KERNEL void gradient_caption(const float* similarity, Mixed<Operand> mixed,
+                                     const float* norms, const float* scores,
+                                     const float* d_scores, Rows rows, float temp_attention,
+                                     float temp_words, float min_norm, Operand* attention,
+                                     Operand* d_similarity, Operand* weighted, float* d_norms,
                                      TemperatureGradients* d_temperatures, Scratch scratch) {
-  const int64_t columns = images * patches;
-  attend_caption(similarity, patch_mask, n, images, patches, temp_attention, attention, scratch);
-  const float* over_words = scratch.over_words;
-  float* d_sharpened = scratch.d_sharpened;
+  const int64_t width = padded(rows.patches);
+  softmax_over_words(similarity, rows, scratch);
   float* d_dots = scratch.of_words;
-  float* column_sums = scratch.sums;
-  float* d_row = scratch.row;
-  std::fill(column_sums, column_sums + columns, 0.0f);
-  double d_attention_total = 0;
-  double d_words_total = 0;
-  for (int64_t t = 0; t < n; ++t) {
-    float d_norm = 0;
-    for (int64_t j = 0; j < images; ++j) {
-      const int64_t at = (t * images + j) * patches;
-      const float* s = similarity + at;
-      const float* m = mixed + at;
-      const float* softmax = over_words + at;
-      const Operand* a = attention + at;
-      const Cosine found = cosine(s, a, m, patches, norms[t], min_norm);
-      // A word takes the share of its caption's gradient that it has in the log-sum-exp.
-      const float share = d_scores[j] * exponential(temp_words * found.value - scores[j]);
-      const float divisor = norms[t] * found.context_norm;
-      const float d_dot = share * temp_words / (divisor < min_norm ? min_norm : divisor);
-      const float d_divisor = divisor > min_norm ? -d_dot * found.value : 0.0f;
-      const float d_square =
-          d_divisor * norms[t] / (found.context_norm < kTiny ? kTiny : found.context_norm);
-      d_norm += d_divisor * found.context_norm;
-      d_words_total += share * found.value;
-      d_dots[t * images + j] = d_dot;
+  float* d_sums = scratch.highest;
+  float* row = scratch.similarity;
+  std::fill(d_sums, d_sums + rows.images * width, 0.0f);
+  double d_words = 0;
+  for (int64_t i = 0; i < rows.n * rows.images; ++i) {
+    const int64_t t = i / rows.images;
+    const int64_t j = i % rows.images;
+    const int64_t at = i * rows.patches;
+    const float* a = softmax_of_row(i, rows, temp_attention, attention, scratch);
+    const float* s = read_row(similarity + at, 1.0f, rows.patches, scratch.similarity);
+    const float* m = read_row(mixed.data + at, mixed.unit, rows.patches, scratch.mixed);
+    const Cosine found = cosine(s, a, m, width, norms[t], min_norm);
+    // A word takes the share of its caption's gradient that it has in the log-sum-exp.
+    const float share = d_scores[j] * exponential(temp_words * found.value - scores[j]);
+    const float divisor = norms[t] * found.context_norm;
+    const float d_dot = share * temp_words / (divisor < min_norm ? min_norm : divisor);
+    const float d_divisor = divisor > min_norm ? -d_dot * found.value : 0.0f;
+    const float d_square =
+        d_divisor * norms[t] / (found.context_norm < kTiny ? kTiny : found.context_norm);
+    d_norms[t] += d_divisor * found.context_norm;
+    d_words += share * found.value;
+    d_dots[i] = d_dot;
+    write_row(a, d_square, rows.patches, weighted + at);
 
-      float mean = 0;
+    float* d_sharpened = scratch.d_sharpened + i * width;
+    float mean = 0;
 #pragma omp simd reduction(+ : mean)
-      for (int64_t p = 0; p < patches; ++p) {
-        d_row[p] = d_dot * s[p] + d_square * m[p];
-        mean += d_row[p] * load(a + p);
-      }
-      float total = 0;
-      float* out = d_sharpened + at;
-      float* sums = column_sums + j * patches;
-#pragma omp simd reduction(+ : total)
-      for (int64_t p = 0; p < patches; ++p) {
-        const float weight = load(a + p);
-        const float d = weight * (d_row[p] - mean) * softmax[p];
-        total += d;
-        sums[p] += d;
-        out[p] = d;
-        store(d_square * weight, weighted + at + p);
-      }
-      d_attention_total += total;
+    for (int64_t p = 0; p < width; ++p) {
+      d_sharpened[p] = d_dot * s[p] + d_square * m[p];
+      mean += d_sharpened[p] * a[p];
     }
-    d_norms[t] += d_norm;
-  }
-  for (int64_t t = 0; t < n; ++t)
-    for (int64_t j = 0; j < images; ++j) {
-      const int64_t at = (t * images + j) * patches;
-      const float d_dot = d_dots[t * images + j];
-      const float* sums = column_sums + j * patches;
+    const float* over_words = scratch.over_words + i * width;
+    float* sums = d_sums + j * width;
 #pragma omp simd
-      for (int64_t p = 0; p < patches; ++p)
-        store(temp_attention * (d_sharpened[at + p] - over_words[at + p] * sums[p]) +
-                  d_dot * load(attention + at + p),
-              d_similarity + at + p);
+    for (int64_t p = 0; p < width; ++p) {
+      d_sharpened[p] = a[p] * (d_sharpened[p] - mean) * over_words[p];
+      sums[p] += d_sharpened[p];
     }
-  *d_temperatures = {d_attention_total, d_words_total};
+  }
+  for (int64_t i = 0; i < rows.n * rows.images; ++i) {
+    const float d_dot = d_dots[i];
+    const float* over_words = scratch.over_words + i * width;
+    const float* d_sharpened = scratch.d_sharpened + i * width;
+    const float* sums = d_sums + i % rows.images * width;
+    const float* a = read_row(attention + i * rows.patches, 1.0f, rows.patches, scratch.attention);
+    // The parts of the first term may be large, and cancel.
+#pragma omp simd
+    for (int64_t p = 0; p < width; ++p)
+      row[p] = temp_attention * (d_sharpened[p] - over_words[p] * sums[p]) + d_dot * a[p];
+    write_row(row, 1.0f, rows.patches, d_similarity + i * rows.patches);
+  }
+  *d_temperatures = {std::accumulate(d_sums, d_sums + rows.images * width, 0.0), d_words};
 }
 
-// Calls pass(caption, scratch) for all, by all threads, in turn, since captions are sorted by
-// length.
+// Calls pass(caption, rows, scratch) for all, by all threads, in turn, since captions are sorted by
+// length. A scratch has the mask where one is given.
 template <class Pass>
-void for_each_caption(const TokenTile& tile, const Pass& pass) {
-  const int64_t most = tile.longest();
-  const int64_t columns = tile.columns();
+void for_each_caption(const TokenTile& tile, const float* patch_mask, const Pass& pass) {
+  const int64_t most = tile.longest() * tile.images;
+  const int64_t width = padded(tile.patches);
+  const int64_t columns = tile.images * width;
 #pragma omp parallel
   {
-    std::vector<float> of_words(most * tile.images), of_columns(3 * columns);
     // Of pages that nobody touches nothing is there.
-    const std::unique_ptr<float[]> of_tile(new float[2 * most * columns]);
-    const Scratch scratch{of_tile.get(),
-                          of_tile.get() + most * columns,
-                          of_words.data(),
-                          of_columns.data(),
-                          of_columns.data() + columns,
-                          of_columns.data() + 2 * columns};
+    const std::unique_ptr<float[]> of_words(new float[2 * most * width]);
+    std::vector<float> rest(most + 3 * columns + 3 * width);
+    float* of_images = rest.data() + most;
+    float* row = of_images + 3 * columns;
+    const Scratch scratch{of_words.get(),
+                          of_words.get() + most * width,
+                          rest.data(),
+                          of_images,
+                          of_images + columns,
+                          of_images + 2 * columns,
+                          row,
+                          row + width,
+                          row + 2 * width};
+    for (int64_t j = 0; patch_mask != nullptr && j < tile.images; ++j)
+      std::copy(patch_mask + j * tile.patches, patch_mask + (j + 1) * tile.patches,
+                scratch.mask + j * width);
 #pragma omp for schedule(static, 1)
-    for (int64_t c = 0; c < tile.captions; ++c) pass(c, scratch);
+    for (int64_t c = 0; c < tile.captions; ++c)
+      pass(c, Rows{tile.words(c), tile.images, tile.patches}, scratch);
   }
 }
 
@@ -235,41 +288,40 @@ void for_each_caption(const TokenTile& tile, const Pass& pass) {
 template <class Operand>
 void local_alignment_attend(const TokenTile& tile, const float* similarity,
                             const float* patch_mask, float temperature, Operand* attention) {
-  for_each_caption(tile, [&](int64_t c, const Scratch& scratch) {
+  for_each_caption(tile, patch_mask, [&](int64_t c, Rows rows, Scratch scratch) {
     const int64_t at = tile.starts[c] * tile.columns();
-    run<attend_caption<Operand>>(similarity + at, patch_mask, tile.words(c), tile.images,
-                                 tile.patches, temperature, attention + at, scratch);
+    run<attend_caption<Operand>>(similarity + at, rows, temperature, attention + at, scratch);
   });
 }
 
 template <class Operand>
 void local_alignment_scores(const TokenTile& tile, const float* similarity,
-                            const Operand* attention, const float* mixed, const float* norms,
+                            const Operand* attention, Mixed<Operand> mixed, const float* norms,
                             float temperature, float min_norm, float* scores) {
-  for_each_caption(tile, [&](int64_t c, const Scratch& scratch) {
-    const int64_t row = tile.starts[c];
-    const int64_t at = row * tile.columns();
-    run<score_caption<Operand>>(similarity + at, attention + at, mixed + at, norms + row,
-                                tile.words(c), tile.images, tile.patches, temperature, min_norm,
-                                scores + c * tile.images, scratch.of_words);
+  for_each_caption(tile, nullptr, [&](int64_t c, Rows rows, Scratch scratch) {
+    const int64_t at = tile.starts[c] * tile.columns();
+    run<score_caption<Operand>>(similarity + at, attention + at,
+                                Mixed<Operand>{mixed.data + at, mixed.unit},
+                                norms + tile.starts[c], rows, temperature, min_norm,
+                                scores + c * tile.images, scratch);
   });
 }
 
 template <class Operand>
 TemperatureGradients local_alignment_gradient(
-    const TokenTile& tile, const float* similarity, const float* patch_mask, const float* mixed,
+    const TokenTile& tile, const float* similarity, const float* patch_mask, Mixed<Operand> mixed,
     const float* norms, const float* scores, const float* d_scores, float temp_attention,
     float temp_words, float min_norm, Operand* attention, Operand* d_similarity,
     Operand* weighted, float* d_norms) {
   std::vector<TemperatureGradients> by_caption(tile.captions);
-  for_each_caption(tile, [&](int64_t c, const Scratch& scratch) {
-    const int64_t row = tile.starts[c];
-    const int64_t at = row * tile.columns();
-    run<gradient_caption<Operand>>(similarity + at, patch_mask, mixed + at, norms + row,
-                                   scores + c * tile.images, d_scores + c * tile.images,
-                                   tile.words(c), tile.images, tile.patches, temp_attention,
-                                   temp_words, min_norm, attention + at, d_similarity + at,
-                                   weighted + at, d_norms + row, &by_caption[c], scratch);
+  for_each_caption(tile, patch_mask, [&](int64_t c, Rows rows, Scratch scratch) {
+    const int64_t at = tile.starts[c] * tile.columns();
+    const int64_t of_caption = c * tile.images;
+    run<gradient_caption<Operand>>(similarity + at, Mixed<Operand>{mixed.data + at, mixed.unit},
+                                   norms + tile.starts[c], scores + of_caption,
+                                   d_scores + of_caption, rows, temp_attention, temp_words,
+                                   min_norm, attention + at, d_similarity + at, weighted + at,
+                                   d_norms + tile.starts[c], &by_caption[c], scratch);
   });
   TemperatureGradients total{};
   for (const TemperatureGradients& part : by_caption) {
@@ -283,9 +335,9 @@ TemperatureGradients local_alignment_gradient(
   template void local_alignment_attend(const TokenTile&, const float*, const float*, float,      \
                                        Operand*);                                                \
   template void local_alignment_scores(const TokenTile&, const float*, const Operand*,           \
-                                       const float*, const float*, float, float, float*);        \
+                                       Mixed<Operand>, const float*, float, float, float*);      \
   template TemperatureGradients local_alignment_gradient(                                        \
-      const TokenTile&, const float*, const float*, const float*, const float*, const float*,    \
+      const TokenTile&, const float*, const float*, Mixed<Operand>, const float*, const float*,  \
       const float*, float, float, float, Operand*, Operand*, Operand*, float*);
 MEDFAST_INSTANTIATE(float)
 MEDFAST_INSTANTIATE(bf16)

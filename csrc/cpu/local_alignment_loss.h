@@ -3,7 +3,10 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "bf16.h"
+#include "fp16.h"
 #include "token_tile.h"
 
 namespace medfast {
@@ -15,11 +18,20 @@ template <class Operand>
 void local_alignment_attend(const TokenTile& tile, const float* similarity,
                             const float* patch_mask, float temperature, Operand* attention);
 
-// With mixed = attention * Gram matrix and norms [N] of the words: scores [captions, g], the
-// log-sum-exp of temperature * cosine over each caption's words.
+// attention * Gram matrix, as multiples of `unit`: where operands are bf16, half as much to write
+// and to read as in float. There is too much of it for the caches.
+template <class Operand>
+struct Mixed {
+  using Stored = std::conditional_t<std::is_same_v<Operand, bf16>, fp16, float>;
+  const Stored* data;
+  float unit;
+};
+
+// With the norms [N] of the words: scores [captions, g], the log-sum-exp of temperature * cosine
+// over each caption's words.
 template <class Operand>
 void local_alignment_scores(const TokenTile& tile, const float* similarity,
-                            const Operand* attention, const float* mixed, const float* norms,
+                            const Operand* attention, Mixed<Operand> mixed, const float* norms,
                             float temperature, float min_norm, float* scores);
 
 struct TemperatureGradients {
@@ -28,12 +40,12 @@ struct TemperatureGradients {
 };
 
 // From scores and d_scores [captions, g]: d_similarity, weighted = attention times twice the
-// gradient of |context|^2, and what it adds to the gradients of the norms, d_norms [N]. attention is
-// written, as local_alignment_attend does: to compute it again is cheaper than to read what that
+// gradient of |context|^2, and what it adds to the gradients of the norms, d_norms [N]. attention
+// is written, as local_alignment_attend does: to compute it again is cheaper than to read what that
 // would have to keep.
 template <class Operand>
 TemperatureGradients local_alignment_gradient(
-    const TokenTile& tile, const float* similarity, const float* patch_mask, const float* mixed,
+    const TokenTile& tile, const float* similarity, const float* patch_mask, Mixed<Operand> mixed,
     const float* norms, const float* scores, const float* d_scores, float temp_attention,
     float temp_words, float min_norm, Operand* attention, Operand* d_similarity,
     Operand* weighted, float* d_norms);

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <memory>
 
+#include "bits.h"
 #include "instruction_set.h"
 
 #if MEDFAST_X86
@@ -106,18 +107,6 @@ MEDFAST_KERNEL void read_tile(Lines<bf16> from, int64_t lines, int64_t depth, ui
 // The first term of x: in its upper half, rounded. Where x is NaN this may be anything, but the
 // last term is NaN.
 MEDFAST_KERNEL uint32_t first_term(uint32_t x) { return (x + 0x8000u) & 0xffff0000u; }
-
-MEDFAST_KERNEL uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-MEDFAST_KERNEL float float_of(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
 
 // The same term of two neighbours as a pair.
 MEDFAST_KERNEL uint32_t pair_of(uint32_t low, uint32_t high) {

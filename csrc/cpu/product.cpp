@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "bf16.h"
+#include "fp16.h"
 #include "instruction_set.h"
 #include "threads.h"
 
@@ -38,7 +39,7 @@ void product(int64_t count, int64_t rows, int64_t columns, int64_t depth, Matrix
   const int64_t shares = ceil_div(kTasksPerThread * threads(), count);
   const int64_t block_rows =
       std::min(kMostRows, kPanel * ceil_div(rows, kPanel * std::max<int64_t>(shares, 1)));
-  // Of about equal depth; but no sum is rounded to bf16 before it is complete.
+  // Of about equal depth; but no sum is rounded to 16 bits before it is complete.
   const bool is_summed_there = std::is_same_v<Out, float>;
   const int64_t block_depth =
       is_summed_there ? ceil_div(depth, ceil_div(depth, kPanelDepth)) : depth;
@@ -60,6 +61,8 @@ template void product(int64_t, int64_t, int64_t, int64_t, Matrix<bf16>, Matrix<b
                       Result<float>);
 template void product(int64_t, int64_t, int64_t, int64_t, Matrix<bf16>, Matrix<bf16>, float, bool,
                       Result<bf16>);
+template void product(int64_t, int64_t, int64_t, int64_t, Matrix<bf16>, Matrix<bf16>, float, bool,
+                      Result<fp16>);
 template void product(int64_t, int64_t, int64_t, int64_t, Matrix<float>, Matrix<float>, float,
                       bool, Result<float>);
 

@@ -141,6 +141,11 @@ class Buffer:
 
     memory: Tensor
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its entries."""
+        return self.memory.dtype
+
     def of(self, words: Words, images: Images) -> Tensor:
         """Return the part for a tile, [N, g, P]."""
         shape = (len(words.places), *images.patches.shape[:2])

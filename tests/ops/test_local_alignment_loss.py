@@ -33,6 +33,27 @@ class TestLocalAlignmentLoss(LocalLossChecks):
             self.loss_and_grads(loss, inputs)
         assert largest.bytes <= 8 * 2**20
 
+    @pytest.mark.usefixtures("bf16_products")
+    @pytest.mark.parametrize("impl", ["torch", "cpu"])
+    @pytest.mark.parametrize("of_patches", [0.0, 1e-10, 1e-4, 1.0, 30.0, 1e4, 1e10])
+    @pytest.mark.parametrize("of_words", [1e-10, 1.0, 1e4])
+    def test_bf16_products_of_any_length(self, impl, of_patches, of_words):
+        """Products that are stored in 16 bits neither overflow nor vanish."""
+        patches, tokens, *masks = self.inputs(5, 19, 5, 8, dtype=torch.bfloat16)
+        inputs = Batch(patches * of_patches, tokens * of_words, *masks)
+        loss = lambda *a, **k: self.function(*a, impl=impl, **k)  # noqa: E731
+        self.assert_as_close_as_eager(loss, inputs, rounds=True)
+
+    @pytest.mark.usefixtures("bf16_products")
+    @pytest.mark.parametrize("impl", ["torch", "cpu"])
+    def test_bf16_products_of_unlike_lengths(self, impl):
+        """Where one is a thousand times as long as another, each keeps its precision."""
+        patches, tokens, *masks = self.inputs(6, 19, 5, 8, dtype=torch.bfloat16)
+        lengths = 2.0 ** torch.linspace(-5, 5, 6, dtype=torch.bfloat16)[:, None, None]
+        inputs = Batch(patches * lengths, tokens * lengths.flip(0), *masks)
+        loss = lambda *a, **k: self.function(*a, impl=impl, **k)  # noqa: E731
+        self.assert_as_close_as_eager(loss, inputs, rounds=True)
+
     @pytest.mark.parametrize("temperature", [-4.0, 0.0, 300.0])
     def test_any_attention_temperature(self, loss, temperature):
         scalars = [temperature, 5.0, 10.0]
@@ -101,12 +122,22 @@ def test_registered_op_passes_opcheck(impl, masked, needs_grad):
 
 def test_products_are_kept_only_for_a_backward():
     patches, tokens, token_mask, _ = batch(5, 6, 5, 8)
-    assert chunked.kept_entries(patches, tokens) == 2 * 30 * 25
+    assert chunked.kept_entries(patches, tokens, chunked.Passes) == 2 * 30 * 25
     temps = torch.tensor(4.0), torch.tensor(5.0)
     args = (patches, tokens, token_mask, None, *temps)
     assert torch.ops.medfast.local_alignment_loss_fwd(*args, "cpu", False)[1].numel() == 0
     with torch.no_grad():
         assert not pair_scores(patches.requires_grad_(), *args[1:], "cpu").requires_grad
+
+
+@pytest.mark.usefixtures("bf16_products")
+def test_half_of_what_is_kept_is_halved_in_bf16():
+    sizes = []
+    for dtype in (torch.float32, torch.bfloat16):
+        patches, tokens, token_mask, _ = batch(5, 7, 5, 8, dtype=dtype)
+        args = (patches, tokens, token_mask, None, torch.tensor(4.0), torch.tensor(5.0))
+        sizes.append(torch.ops.medfast.local_alignment_loss_fwd(*args, "cpu", True)[1].numel())
+    assert sizes == [2 * 35 * 25, 35 * 25 + 438]
 
 
 def test_attention_is_the_one_of_the_loss():

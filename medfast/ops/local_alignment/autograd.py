@@ -46,7 +46,7 @@ def local_alignment_loss_fwd(
         from medfast.ops.local_alignment import triton
 
         return triton.forward(*inputs, temp_attention, temp_words), kept
-    return chunked.forward(*inputs, kept, _passes(impl, temp_attention, temp_words)), kept
+    return chunked.forward(*inputs, kept, _passes(impl)(temp_attention, temp_words)), kept
 
 
 @local_alignment_loss_fwd.register_fake
@@ -84,7 +84,7 @@ def local_alignment_loss_bwd(
 
         grads = triton.backward(*inputs, temp_attention, temp_words)
     else:
-        grads = chunked.backward(*inputs, kept, _passes(impl, temp_attention, temp_words))
+        grads = chunked.backward(*inputs, kept, _passes(impl)(temp_attention, temp_words))
     d_patches, d_tokens, *d_temps = (
         grad.to(x.dtype)
         for grad, x in zip(grads, (patches, tokens, temp_attention, temp_words), strict=True)
@@ -127,13 +127,14 @@ def _backward(ctx: Any, d_scores: Tensor, _: None) -> tuple[Tensor | None, ...]:
 local_alignment_loss_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _passes(impl: str, temp_attention: Tensor, temp_words: Tensor) -> chunked.Passes:
+def _passes(impl: str) -> type[chunked.Passes]:
     if impl == "cpu":
         from medfast.ops.local_alignment.cpu import CpuPasses
 
-        return CpuPasses(temp_attention, temp_words)
-    return chunked.Passes(temp_attention, temp_words)
+        return CpuPasses
+    return chunked.Passes
 
 
 def _kept_entries(patches: Tensor, tokens: Tensor, impl: str, needs_grad: bool) -> int:
-    return chunked.kept_entries(patches, tokens) if needs_grad and impl != "triton" else 0
+    keeps = needs_grad and impl != "triton"
+    return chunked.kept_entries(patches, tokens, _passes(impl)) if keeps else 0

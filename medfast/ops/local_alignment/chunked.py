@@ -6,6 +6,8 @@ The context c_w never exists: with S = W V^T and attention A, c.w = sum_p A_p S_
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,19 @@ from medfast.ops.workspace import workspace_bytes
 _OP = "local_alignment_loss"
 # Tensors of a tile's size that the backward of plain PyTorch holds at once.
 _LIVE = 9
+# What is stored in fp16 is so many units at most.
+_MOST_UNITS = 2.0**15
+# Smaller units would not be normal numbers of fp32, nor their inverses finite.
+_SMALLEST_UNIT = 2.0**-115
+
+
+@dataclass(frozen=True)
+class Wave:
+    """What all tiles of a wave of images share."""
+
+    images: Images
+    grams: Tensor  # [g, P, P], each image's Gram matrix, as products take it
+    unit: float  # what 1 stands for in `Tile.mixed`
 
 
 @dataclass(frozen=True)
@@ -27,13 +42,13 @@ class Tile:
     """How a group of N words attends to the P patches of g images."""
 
     words: Words
-    images: Images
+    wave: Wave
     norms: Tensor  # [N], of the words
     similarity: Tensor  # [N, g, P]
     # [N, g, P], softmax of the similarity over each caption's words; empty if attends_again
     over_words: Tensor
     attention: Tensor  # [N, g, P], as products take it
-    mixed: Tensor  # [N, g, P], attention times Gram matrix
+    mixed: Tensor  # [N, g, P], attention times Gram matrix, maybe in fp16
 
 
 class Passes:
@@ -43,6 +58,9 @@ class Passes:
     block = 8
     # Whether `gradient` computes the attention itself.
     attends_again = False
+    # Whether the mixed attention is stored in fp16 where products take operands in bf16. Rounding
+    # those costs eight times as much; the similarity goes through an exponential, and stays.
+    halves_mixed = False
 
     def __init__(self, temp_attention: Tensor, temp_words: Tensor) -> None:
         self.temp_attention, self.temp_words = temp_attention, temp_words
@@ -54,8 +72,8 @@ class Passes:
             torch.softmax(block.of(similarity), 1, out=block.of(tile.over_words))
         del similarity
         attention = tile.over_words * self.temp_attention
-        if tile.images.mask is not None:
-            attention.masked_fill_(~tile.images.mask, -torch.inf)
+        if tile.wave.images.mask is not None:
+            attention.masked_fill_(~tile.wave.images.mask, -torch.inf)
         tile.attention.copy_(torch.softmax(attention, -1, out=attention))
 
     def scores(self, tile: Tile) -> Tensor:
@@ -123,47 +141,80 @@ class _Walk:
         self._plan, self._passes = plan, passes
         self._kept, self._is_known = kept, is_known
         self.norms = [words.features.norm(dim=1, dtype=plan.dtype) for words in plan.groups]
-        self._similarity, self._mixed = plan.buffer(plan.dtype), plan.buffer(plan.dtype)
+        mixed = _mixed_dtype(plan.patches, type(passes))
+        self._similarity, self._mixed = plan.buffer(plan.dtype), plan.buffer(mixed)
         self._over_words = None if passes.attends_again else plan.buffer(plan.dtype)
         self._attention = plan.buffer(plan.operand)
 
-    def grams(self, images: Images) -> Tensor:
-        """Return each image's Gram matrix [g, P, P], as products take it."""
-        g, P, _ = images.patches.shape
-        return bmm_into(images.patches.new_empty(g, P, P), images.patches, images.patches.mT)
+    def waves(self) -> Iterator[Wave]:
+        """Yield the waves of images."""
+        for images in self._plan.images():
+            g, P, _ = images.patches.shape
+            grams = images.patches.new_empty(g, P, P)
+            bmm_into(grams, images.patches, images.patches.mT)
+            unit = 1.0
+            if self._mixed.dtype == torch.float16:
+                # No product with a mean of patches is larger (Cauchy and Schwarz).
+                unit = _unit(grams.diagonal(dim1=1, dim2=2).max().item())
+            yield Wave(images, grams, unit)
 
-    def tile(self, k: int, images: Images, grams: Tensor) -> Tile:
+    def tile(self, k: int, wave: Wave) -> Tile:
         """Return how the words of group k attend to the images."""
-        words = self._plan.groups[k]
+        words, images = self._plan.groups[k], wave.images
         similarity, mixed = (x.of(words, images) for x in (self._similarity, self._mixed))
         attention = self._attention.of(words, images)
         empty = similarity.new_empty(0)
         over_words = empty if self._over_words is None else self._over_words.of(words, images)
         is_known = False
-        if 2 * similarity.numel() <= len(self._kept):
+        size = similarity.numel()
+        sizes = size, _entries(size, mixed.dtype, similarity.dtype)
+        if sum(sizes) <= len(self._kept):
             is_known = self._is_known
-            sizes = [similarity.numel()] * 2
-            *memory, self._kept = self._kept.split([*sizes, len(self._kept) - sum(sizes)])
-            similarity, mixed = (x.view_as(similarity) for x in memory)
-        tile = Tile(words, images, self.norms[k], similarity, over_words, attention, mixed)
+            of_similarity, of_mixed, self._kept = self._kept.split(
+                [*sizes, len(self._kept) - sum(sizes)]
+            )
+            similarity = of_similarity.view_as(similarity)
+            mixed = of_mixed.view(mixed.dtype)[:size].view_as(mixed)
+        tile = Tile(words, wave, self.norms[k], similarity, over_words, attention, mixed)
         if not is_known:
             images.similarity(words, similarity)
         if not (is_known and self._passes.attends_again):
             self._passes.attend(tile)
         if not is_known:
-            bmm_into(mixed.transpose(0, 1), attention.transpose(0, 1), grams)
+            by_image = mixed.transpose(0, 1), attention.transpose(0, 1)
+            bmm_into(*by_image, wave.grams, alpha=1 / wave.unit)
         return tile
 
 
-def kept_entries(patches: Tensor, tokens: Tensor) -> int:
+def _unit(largest: float) -> float:
+    """Return the power of two of which no more than _MOST_UNITS make `largest`."""
+    if not 0 < largest < math.inf:
+        return 1.0
+    return max(2.0 ** math.frexp(largest)[1] / _MOST_UNITS, _SMALLEST_UNIT)
+
+
+def _mixed_dtype(patches: Tensor, passes: type[Passes]) -> torch.dtype:
+    if passes.halves_mixed and tiles.operand_dtype(patches) == torch.bfloat16:
+        return torch.float16
+    return tiles.summable(patches)
+
+
+def _entries(size: int, dtype: torch.dtype, kept: torch.dtype) -> int:
+    """Return how many entries of `kept` so many of `dtype` take."""
+    return -(-size * dtype.itemsize // kept.itemsize)
+
+
+def kept_entries(patches: Tensor, tokens: Tensor, passes: type[Passes]) -> int:
     """Return how many entries of products to keep, so that the backward need not compute them.
 
     On a CPU tiles are small: most of the workspace is free for what the forward has computed.
     """
     if patches.device.type != "cpu":
         return 0
-    spare = workspace_bytes() // tiles.summable(patches).itemsize - packing.CPU_ENTRIES
-    return max(0, min(spare, 2 * tokens[..., 0].numel() * patches[..., 0].numel()))
+    dtype = tiles.summable(patches)
+    spare = workspace_bytes() // dtype.itemsize - packing.CPU_ENTRIES
+    pairs = tokens[..., 0].numel() * patches[..., 0].numel()
+    return max(0, min(spare, pairs + _entries(pairs, _mixed_dtype(patches, passes), dtype)))
 
 
 def forward(
@@ -181,10 +232,9 @@ def forward(
     plan = packing.plan(_OP, patches, tokens, token_mask, patch_mask, _LIVE, passes.block)
     walk = _Walk(plan, kept, is_known=False, passes=passes)
     scores = patches.new_empty(len(tokens), len(patches), dtype=plan.dtype)
-    for images in plan.images():
-        grams = walk.grams(images)
+    for wave in walk.waves():
         for k, words in enumerate(plan.groups):
-            scores[words.captions, images.where] = passes.scores(walk.tile(k, images, grams))
+            scores[words.captions, wave.images.where] = passes.scores(walk.tile(k, wave))
     return scores
 
 
@@ -198,24 +248,27 @@ def backward(
     kept: Tensor,
     passes: Passes,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of patches, tokens and the two temperatures, in the scores' dtype.
+    """Return the gradients of patches, in their dtype, and tokens and the two temperatures.
 
     `kept` is as `forward` left it.
     """
     plan = packing.plan(_OP, patches, tokens, token_mask, patch_mask, _LIVE, passes.block)
     walk = _Walk(plan, kept, is_known=True, passes=passes)
     d_similarity, weighted = plan.buffer(plan.operand), plan.buffer(plan.operand)
-    d_patches = torch.empty_like(patches, dtype=plan.dtype, memory_format=torch.contiguous_format)
+    d_patches = torch.empty_like(patches, memory_format=torch.contiguous_format)
     d_groups = [torch.empty_like(words.features, dtype=plan.dtype) for words in plan.groups]
     d_norms = [torch.zeros_like(norms) for norms in walk.norms]
     d_temps = [scores.new_zeros((), dtype=torch.float64) for _ in range(2)]
-    for images in plan.images():
-        grams = walk.grams(images)
-        d_grams = torch.empty_like(grams, dtype=plan.dtype)
-        d_wave = d_patches[images.where]
+    for wave in walk.waves():
+        images = wave.images
+        d_grams = torch.empty_like(wave.grams, dtype=plan.dtype)
+        of_wave = d_patches[images.where]
+        # Sums of one wave are few enough to stay in a cache.
+        is_sum = of_wave.dtype == plan.dtype
+        d_wave = of_wave if is_sum else torch.empty_like(of_wave, dtype=plan.dtype)
         for k, words in enumerate(plan.groups):
             where = words.captions, images.where
-            tile = walk.tile(k, images, grams)
+            tile = walk.tile(k, wave)
             d_tile, weights = d_similarity.of(words, images), weighted.of(words, images)
             d_norm, *d_temp = passes.gradient(tile, scores[where], d_scores[where], d_tile, weights)
             d_norms[k] += d_norm
@@ -225,6 +278,8 @@ def backward(
             by_image = (weights.permute(1, 2, 0), tile.attention.transpose(0, 1))
             bmm_into(d_grams, *by_image, accumulate=k > 0)
         bmm_into(d_wave, d_grams.to(plan.operand), images.patches, accumulate=True)
+        if not is_sum:
+            of_wave.copy_(d_wave)
     tiny = torch.finfo(plan.dtype).tiny
     for words, norms, d_group, d_norm in zip(
         plan.groups, walk.norms, d_groups, d_norms, strict=True

@@ -13,6 +13,7 @@ from medfast.ops.local_alignment.reference import MIN_NORM
 class CpuPasses(Passes):
     block = 1
     attends_again = True
+    halves_mixed = True
 
     def __init__(self, temp_attention: Tensor, temp_words: Tensor) -> None:
         super().__init__(temp_attention, temp_words)
@@ -36,6 +37,7 @@ class CpuPasses(Passes):
             tile.similarity.data_ptr(),
             tile.attention.data_ptr(),
             tile.mixed.data_ptr(),
+            tile.wave.unit,
             tile.norms.data_ptr(),
             self._words,
             MIN_NORM,
@@ -54,6 +56,7 @@ class CpuPasses(Passes):
             tile.similarity.data_ptr(),
             mask.data_ptr(),
             tile.mixed.data_ptr(),
+            tile.wave.unit,
             tile.norms.data_ptr(),
             scores.data_ptr(),
             d_scores.data_ptr(),
@@ -79,9 +82,10 @@ def _shape(tile: Tile) -> tuple[int, int, int, int]:
 
 def _patch_mask(tile: Tile) -> Tensor:
     """Return 1 for every patch that counts and 0 for the others, [g, P]."""
-    if tile.images.mask is None:
+    mask = tile.wave.images.mask
+    if mask is None:
         return tile.similarity.new_ones(tile.similarity.shape[1:])
-    return tile.images.mask.to(tile.similarity.dtype)
+    return mask.to(tile.similarity.dtype)
 
 
 def _is_bf16(tile: Tile) -> bool:
