@@ -275,15 +275,14 @@ PYBIND11_MODULE(_C, m) {
                                            images,              patches,          all_words,
                                            width};
         with_index(index_bytes, best_patch, best_word, [&](auto* of_words, auto* of_patches) {
-          const auto pass = [&](const auto* words, const auto* other) {
-            medfast::filip_loss_gradient(sizes, words, other, at<float>(shares),
-                                         at<float>(d_image_to_text), at<float>(d_text_to_image),
-                                         of_words, of_patches, at<float>(d_words),
-                                         at<float>(d_patches));
+          const auto pass = [&](auto* words) {
+            using Feature = std::remove_pointer_t<decltype(words)>;
+            medfast::filip_loss_gradient(sizes, words, at<Feature>(patch_features),
+                                         at<float>(shares), at<float>(d_image_to_text),
+                                         at<float>(d_text_to_image), of_words, of_patches,
+                                         at<Feature>(d_words), at<Feature>(d_patches));
           };
-          using medfast::bf16;
-          is_bf16 ? pass(at<bf16>(word_features), at<bf16>(patch_features))
-                  : pass(at<float>(word_features), at<float>(patch_features));
+          is_bf16 ? pass(at<medfast::bf16>(word_features)) : pass(at<float>(word_features));
         });
       },
       py::arg("starts"), py::arg("ids"), py::arg("captions"), py::arg("images"),

@@ -122,6 +122,31 @@ MEDFAST_KERNEL void add_sources(const Source<Feature>* sources, const int32_t* s
   }
 }
 
+MEDFAST_KERNEL void round_all(const float* from, int64_t size, bf16* to) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) store(from[i], to + i);
+}
+
+// Sums in float of what goes to `to` in the end: there, or in memory for all of them at a time.
+class Sums {
+ public:
+  float* start(float* to, int64_t size) {
+    std::fill(to, to + size, 0.0f);
+    return to;
+  }
+  float* start(bf16*, int64_t size) {
+    memory_.assign(size, 0.0f);
+    return memory_.data();
+  }
+  void finish(float*) const {}
+  void finish(bf16* to) const {
+    run<round_all>(memory_.data(), static_cast<int64_t>(memory_.size()), to);
+  }
+
+ private:
+  std::vector<float> memory_;
+};
+
 }  // namespace
 
 template <class Index>
@@ -155,7 +180,7 @@ template <class Feature, class Index>
 void filip_loss_gradient(const FilipFeatures& sizes, const Feature* words, const Feature* patches,
                          const float* shares, const float* d_image_to_text,
                          const float* d_text_to_image, const Index* best_patch,
-                         const Index* best_word, float* d_words, float* d_patches) {
+                         const Index* best_word, Feature* d_words, Feature* d_patches) {
   const int64_t P = sizes.patches;
   const int64_t D = sizes.width;
   // Calls `of_word` and `of_patch` for each maximum of a pair with its gradient and the other side.
@@ -182,6 +207,7 @@ void filip_loss_gradient(const FilipFeatures& sizes, const Feature* words, const
   {
     Sources<Feature> from, sorted;
     std::vector<int32_t> starts;
+    Sums sums;
     if (d_words != nullptr) {
       // An image's patches are loaded into cache once for the captions of a block. Which captions
       // these are does not change the order of any sum.
@@ -190,31 +216,31 @@ void filip_loss_gradient(const FilipFeatures& sizes, const Feature* words, const
         const int64_t first = b * sizes.captions / blocks;
         const int64_t last = (b + 1) * sizes.captions / blocks;
         const int64_t row = sizes.starts[first];
-        float* const to = d_words + row * D;
-        std::fill(to, d_words + sizes.starts[last] * D, 0.0f);
+        const int64_t rows = sizes.starts[last] - row;
+        float* const to = sums.start(d_words + row * D, rows * D);
         for (int64_t j = 0; j < sizes.images; ++j) {
-          const Feature* rows = patches + j * P * D;
+          const Feature* image = patches + j * P * D;
           from.clear();
           for (int64_t c = first; c < last; ++c) {
             const int32_t start = static_cast<int32_t>(sizes.starts[c] - row);
             each(
                 c, j,
                 [&](int64_t t, int64_t p, float weight) {
-                  from.push_back({start + static_cast<int32_t>(t), weight, rows + p * D});
+                  from.push_back({start + static_cast<int32_t>(t), weight, image + p * D});
                 },
                 [&](int64_t p, int64_t t, float weight) {
-                  from.push_back({start + static_cast<int32_t>(t), weight, rows + p * D});
+                  from.push_back({start + static_cast<int32_t>(t), weight, image + p * D});
                 });
           }
-          add_all(from, sorted, starts, sizes.starts[last] - row, to);
+          add_all(from, sorted, starts, rows, to);
         }
+        sums.finish(d_words + row * D);
       }
     }
     if (d_patches != nullptr) {
 #pragma omp for schedule(dynamic)
       for (int64_t j = 0; j < sizes.images; ++j) {
-        float* const to = d_patches + j * P * D;
-        std::fill(to, to + P * D, 0.0f);
+        float* const to = sums.start(d_patches + j * P * D, P * D);
         for (int64_t c = 0; c < sizes.captions; c += kTogether) {
           from.clear();
           for (int64_t i = c; i < std::min(c + kTogether, sizes.captions); ++i) {
@@ -230,6 +256,7 @@ void filip_loss_gradient(const FilipFeatures& sizes, const Feature* words, const
           }
           add_all(from, sorted, starts, P, to);
         }
+        sums.finish(d_patches + j * P * D);
       }
     }
   }
@@ -238,7 +265,7 @@ void filip_loss_gradient(const FilipFeatures& sizes, const Feature* words, const
 #define MEDFAST_INSTANTIATE_GRADIENT(Feature, Index)                                            \
   template void filip_loss_gradient(const FilipFeatures&, const Feature*, const Feature*,       \
                                     const float*, const float*, const float*, const Index*,     \
-                                    const Index*, float*, float*);
+                                    const Index*, Feature*, Feature*);
 #define MEDFAST_INSTANTIATE(Index)                                                              \
   template void filip_loss_maxima(const TokenTile&, const float*, const float*,                 \
                                   const FilipScores&, Index*, Index*);                          \

@@ -38,12 +38,13 @@ struct FilipFeatures {
 };
 
 // The gradients of words [N, D] and patches [images, P, D] by adding, for every maximum, the one
-// feature that it came from; either may be null. d_image_to_text [images, captions] and
-// d_text_to_image [captions, images] are those of the scores, shares [images, P] as above.
+// feature that it came from, rounded when they are complete; either may be null. d_image_to_text
+// [images, captions] and d_text_to_image [captions, images] are those of the scores, shares
+// [images, P] as above.
 template <class Feature, class Index>
 void filip_loss_gradient(const FilipFeatures& sizes, const Feature* words, const Feature* patches,
                          const float* shares, const float* d_image_to_text,
                          const float* d_text_to_image, const Index* best_patch,
-                         const Index* best_word, float* d_words, float* d_patches);
+                         const Index* best_word, Feature* d_words, Feature* d_patches);
 
 }  // namespace medfast

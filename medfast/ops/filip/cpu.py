@@ -52,13 +52,13 @@ def backward(
     needs_patches: bool,
     needs_tokens: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of patches and tokens in fp32, None where not needed."""
+    """Return the gradients of patches and tokens as products take those; None where not needed."""
     M, P, D = patches.shape
     (words,) = packing.pack(OP, tokens, token_mask, size=1, most_rows=token_mask.numel())
     features = tiles.operand(patches)
     shares = patch_shares(patches, patch_mask)
-    d_patches = features.new_empty(M, P, D, dtype=torch.float32) if needs_patches else None
-    d_words = torch.empty_like(words.features, dtype=torch.float32) if needs_tokens else None
+    d_patches = torch.empty_like(features) if needs_patches else None
+    d_words = torch.empty_like(words.features) if needs_tokens else None
     _C.filip_loss_gradient(
         words.starts.data_ptr(),
         words.captions.data_ptr(),
