@@ -36,10 +36,10 @@ def report(found: Sequence[dict[str, Any]]) -> str:
     comparisons = comparisons_of(found)
     parts = [_about(found[0]["conditions"])]
     for family in _families(comparisons):
-        largest = family[-1]
-        parts += [f"### {_title(largest)}", comparison_table(largest)]
+        shown = _largest(family)
+        parts += [f"### {_title(shown)}", comparison_table(shown)]
         if len(family) > 1:
-            several = _title(largest, size("B", *largest["shape"][1:]))
+            several = _title(shown, size("B", *shown["shape"][1:]))
             for key, what in (("median_s", "time"), ("peak_bytes", "peak memory")):
                 parts += [f"### {several}: {what}", size_table(family, key)]
     judged = [line(target) for one in comparisons for target in one["targets"]]
@@ -64,15 +64,14 @@ def page_part(files: Sequence[str], folder: Path = results.FOLDER) -> str:
         parts += [
             f"On {_about(one[0]['conditions'])}",
             markdown(["comparison", "wanted", "measured", ""], judged),
-            f"{_title(family[-1])}:",
-            comparison_table(family[-1]),
+            f"{_title(_largest(family))}:",
+            comparison_table(_largest(family)),
             f"{_title(family[0], size('B', *family[0]['shape'][1:]))}:",
             size_table(family, "median_s"),
             f"![time and memory against the batch size](../benchmarks/results/{_file(machine)})",
         ]
         for comparison in comparisons:
-            peers = [row for row in _measured(comparison) if not row["own"]]
-            if comparison["op"] not in _NOT_SHOWN and peers:
+            if comparison["op"] not in _NOT_SHOWN and _has_peers(comparison):
                 parts += [f"{_title(comparison)}:", comparison_table(comparison)]
         for result in one:
             if result["name"] == "errors":
@@ -215,6 +214,15 @@ def _clip_family(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """Return the comparisons of clip_loss at most sizes."""
     families = [f for f in _families(comparisons) if f[0]["op"] == "clip_loss"]
     return max(families, key=len, default=[])
+
+
+def _largest(family: Sequence[Comparison]) -> Comparison:
+    """Return the comparison at the largest size that has peers; if none has, at the largest."""
+    return next((one for one in reversed(family) if _has_peers(one)), family[-1])
+
+
+def _has_peers(comparison: Comparison) -> bool:
+    return any(not row["own"] for row in _measured(comparison))
 
 
 def _by_machine(found: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

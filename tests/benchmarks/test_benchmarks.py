@@ -319,6 +319,16 @@ def test_the_report_is_made_of_the_files_alone(tmp_path):
     assert svg.read_bytes() == drawn
 
 
+def test_the_largest_comparison_with_peers_is_shown_in_full(tmp_path):
+    alone = _comparison(65536)
+    alone["rows"] = [row for row in alone["rows"] if row["own"]]
+    comparisons = [_comparison(1024), _comparison(8192), alone]
+    _write(tmp_path, "clip_loss", "2026-02-03T10:00:00+00:00", comparisons=comparisons)
+    shown = _python("-m", "benchmarks.report", "--results", str(tmp_path), check=True).stdout
+    assert "### clip_loss 8,192 x 512" in shown
+    assert "| B = 1,024 | B = 8,192 | B = 65,536 |" in shown
+
+
 def test_a_report_of_nothing_is_refused(tmp_path):
     asked = _python("-m", "benchmarks.report", "--results", str(tmp_path))
     assert asked.returncode == 2
