@@ -61,11 +61,12 @@ def page_part(files: Sequence[str], folder: Path = results.FOLDER) -> str:
         comparisons = comparisons_of(one)
         judged = [line(target) for c in comparisons for target in c["targets"]]
         family = _clip_family(comparisons)
+        shown = _largest(family)
         parts += [
             f"On {_about(one[0]['conditions'])}",
             markdown(["comparison", "wanted", "measured", ""], judged),
-            f"{_title(_largest(family))}:",
-            comparison_table(_largest(family)),
+            f"{_title(shown)}:",
+            comparison_table(shown),
             f"{_title(family[0], size('B', *family[0]['shape'][1:]))}:",
             size_table(family, "median_s"),
             f"![time and memory against the batch size](../benchmarks/results/{_file(machine)})",

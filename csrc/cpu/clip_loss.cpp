@@ -118,8 +118,7 @@ MEDFAST_KERNEL float gradient_part(const float* logits, int64_t columns, float s
   return total;
 }
 
-// Entries of 16 bits are widened and rounded in loops of their own: in one loop with those of 32
-// bits, compilers use vectors of half the width.
+// Widened in a loop of its own, as load_all does it.
 MEDFAST_KERNEL const float* widened(const float* logits, float, int64_t, float*) { return logits; }
 
 MEDFAST_KERNEL const float* widened(const int16_t* kept, float step, int64_t columns, float* to) {
@@ -142,10 +141,7 @@ MEDFAST_KERNEL void gradient_row(const In* row, float step, int64_t columns, flo
     float* to = unrounded;
     if constexpr (std::is_same_v<Out, float>) to = gradient + first;
     total += gradient_part(from, count, shift, row_weight, column_weights + first, to);
-    if constexpr (!std::is_same_v<Out, float>) {
-#pragma omp simd
-      for (int64_t j = 0; j < count; ++j) store(to[j], gradient + first + j);
-    }
+    if constexpr (!std::is_same_v<Out, float>) store_all(to, 1.0f, count, gradient + first);
   }
   *sum = total;
 }

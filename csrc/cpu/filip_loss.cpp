@@ -122,11 +122,6 @@ MEDFAST_KERNEL void add_sources(const Source<Feature>* sources, const int32_t* s
   }
 }
 
-MEDFAST_KERNEL void round_all(const float* from, int64_t size, bf16* to) {
-#pragma omp simd
-  for (int64_t i = 0; i < size; ++i) store(from[i], to + i);
-}
-
 // Sums in float of what goes to `to` in the end: there, or in memory for all of them at a time.
 class Sums {
  public:
@@ -140,7 +135,7 @@ class Sums {
   }
   void finish(float*) const {}
   void finish(bf16* to) const {
-    run<round_all>(memory_.data(), static_cast<int64_t>(memory_.size()), to);
+    run<store_all<bf16>>(memory_.data(), 1.0f, static_cast<int64_t>(memory_.size()), to);
   }
 
  private:

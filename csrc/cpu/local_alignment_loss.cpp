@@ -43,31 +43,25 @@ struct Scratch {
   float* attention;
 };
 
-// Entries of 16 bits are widened and rounded in loops of their own: in one loop with those of 32
-// bits, compilers use vectors of half the width.
 template <class T>
 MEDFAST_KERNEL const float* read_row(const T* from, float unit, int64_t patches, float* to) {
   const int64_t whole = patches / kLanes * kLanes;
-#pragma omp simd
-  for (int64_t p = 0; p < whole; ++p) to[p] = unit * load(from + p);
+  load_all(from, unit, whole, to);
   if (whole == patches) return to;
   T last[kLanes] = {};
   for (int64_t p = 0; p < kLanes; ++p)
     if (whole + p < patches) last[p] = from[whole + p];
-#pragma omp simd
-  for (int64_t p = 0; p < kLanes; ++p) to[whole + p] = unit * load(last + p);
+  load_all(last, unit, kLanes, to + whole);
   return to;
 }
 
 template <class T>
 MEDFAST_KERNEL void write_row(const float* from, float factor, int64_t patches, T* to) {
   const int64_t whole = patches / kLanes * kLanes;
-#pragma omp simd
-  for (int64_t p = 0; p < whole; ++p) store(factor * from[p], to + p);
+  store_all(from, factor, whole, to);
   if (whole == patches) return;
   T last[kLanes];
-#pragma omp simd
-  for (int64_t p = 0; p < kLanes; ++p) store(factor * from[whole + p], last + p);
+  store_all(from + whole, factor, kLanes, last);
   for (int64_t p = 0; p < kLanes; ++p)
     if (whole + p < patches) to[whole + p] = last[p];
 }

@@ -57,8 +57,7 @@ def matmul_into(
     Returns:
         `out`.
     """
-    is_fp32 = out.device.type == "cpu" and out.dtype == torch.float32
-    if a.dtype != out.dtype or (is_fp32 and multiplies_bf16()):
+    if a.dtype != out.dtype or (_is_fp32_on_cpu(out) and multiplies_bf16()):
         _products(out[None], a[None], b[None], alpha, accumulate)
         return out
     return _by_torch(out, a, b, alpha, accumulate)
@@ -104,13 +103,16 @@ def multiplies_bf16() -> bool:
 
 
 def _by_torch(out: Tensor, a: Tensor, b: Tensor, alpha: float, accumulate: bool) -> Tensor:
-    is_fp32 = out.device.type == "cpu" and out.dtype == torch.float32
-    if is_fp32 and not _is_intel():
+    if _is_fp32_on_cpu(out) and not _is_intel():
         product = matmul(a, b)
         return out.add_(product, alpha=alpha) if accumulate else torch.mul(product, alpha, out=out)
     if alpha == 1 and not accumulate:
         return torch.mm(a, b, out=out)
     return torch.addmm(out, a, b, beta=float(accumulate), alpha=alpha, out=out)
+
+
+def _is_fp32_on_cpu(out: Tensor) -> bool:
+    return out.device.type == "cpu" and out.dtype == torch.float32
 
 
 def _products(out: Tensor, a: Tensor, b: Tensor, alpha: float, accumulate: bool) -> None:
