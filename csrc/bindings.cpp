@@ -107,15 +107,12 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "clip_loss_sums",
       [](uintptr_t logits, int64_t stride, int64_t rows, int64_t columns, float shift,
-         uintptr_t row_sums, uintptr_t column_sums, uintptr_t kept, int64_t kept_stride,
-         float step) {
+         uintptr_t row_sums, uintptr_t column_sums) {
         medfast::clip_loss_sums(at<float>(logits), stride, rows, columns, shift,
-                                at<float>(row_sums), at<float>(column_sums),
-                                {at<int16_t>(kept), kept_stride, step});
+                                at<float>(row_sums), at<float>(column_sums));
       },
       py::arg("logits"), py::arg("stride"), py::arg("rows"), py::arg("columns"), py::arg("shift"),
-      py::arg("row_sums"), py::arg("column_sums"), py::arg("kept") = 0,
-      py::arg("kept_stride") = 0, py::arg("step") = 1.0f, no_gil);
+      py::arg("row_sums"), py::arg("column_sums"), no_gil);
   m.def(
       "clip_loss_sums_of_features",
       [](uintptr_t rows, uintptr_t columns, int64_t row_count, int64_t column_count, int64_t depth,
@@ -139,16 +136,19 @@ PYBIND11_MODULE(_C, m) {
       py::arg("kept_stride") = 0, py::arg("step") = 1.0f, py::kw_only(), py::arg("is_bf16"),
       no_gil);
   m.def(
-      "clip_loss_gradient_of_kept",
-      [](uintptr_t kept, int64_t stride, float step, int64_t rows, int64_t columns, float shift,
-         uintptr_t row_weights, uintptr_t column_weights, uintptr_t gradient) {
-        return medfast::clip_loss_gradient(
-            medfast::KeptLogits<int16_t>{at<int16_t>(kept), stride, step}, rows, columns, shift,
-            at<float>(row_weights), at<float>(column_weights), at<medfast::bf16>(gradient));
+      "clip_loss_gradient_of_features",
+      [](uintptr_t kept, int64_t stride, float step, int64_t rows, int64_t columns, int64_t depth,
+         float scale, int64_t offset, float shift, uintptr_t row_weights, uintptr_t column_weights,
+         uintptr_t own, uintptr_t features, bool of_columns, uintptr_t gradient) {
+        return medfast::clip_loss_gradient_of_features(
+            {at<int16_t>(kept), stride, step}, rows, columns, depth, scale, offset, shift,
+            at<float>(row_weights), at<float>(column_weights), at<float>(own),
+            at<medfast::bf16>(features), of_columns, at<medfast::bf16>(gradient));
       },
       py::arg("kept"), py::arg("stride"), py::arg("step"), py::arg("rows"), py::arg("columns"),
-      py::arg("shift"), py::arg("row_weights"), py::arg("column_weights"), py::arg("gradient"),
-      no_gil);
+      py::arg("depth"), py::arg("scale"), py::arg("offset"), py::arg("shift"),
+      py::arg("row_weights"), py::arg("column_weights"), py::arg("own"), py::arg("features"),
+      py::arg("of_columns"), py::arg("gradient"), no_gil);
   m.def(
       "clip_loss_gradient",
       [](uintptr_t logits, int64_t stride, int64_t rows, int64_t columns, float shift,

@@ -31,9 +31,6 @@ def clip_loss_sums(
     shift: float,
     row_sums: int,
     column_sums: int,
-    kept: int = 0,
-    kept_stride: int = 0,
-    step: float = 1.0,
 ) -> None: ...
 def clip_loss_sums_of_features(
     rows: int,
@@ -53,15 +50,21 @@ def clip_loss_sums_of_features(
     *,
     is_bf16: bool,
 ) -> None: ...
-def clip_loss_gradient_of_kept(
+def clip_loss_gradient_of_features(
     kept: int,
     stride: int,
     step: float,
     rows: int,
     columns: int,
+    depth: int,
+    scale: float,
+    offset: int,
     shift: float,
     row_weights: int,
     column_weights: int,
+    own: int,
+    features: int,
+    of_columns: bool,
     gradient: int,
 ) -> float: ...
 def clip_loss_gradient(

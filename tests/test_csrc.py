@@ -32,6 +32,16 @@ def _gradient(kernels, logits, shift, by_row, by_column, dtype=torch.float32):
     return found, total
 
 
+def _no_steps(M, N):
+    """Memory for kept steps: panels of 32 x 32."""
+    return torch.zeros(-(-M // 32), -(-N // 32), 32, 32, dtype=torch.int16)
+
+
+def _in_rows(kept):
+    """Kept steps as a matrix, with what is beyond the last row and column."""
+    return kept.transpose(1, 2).reshape(kept.shape[0] * 32, -1)
+
+
 def _inside(tile):
     """The same tile as a part of a larger matrix."""
     larger = torch.full((tile.shape[0], tile.shape[1] + 5), torch.nan)
@@ -86,39 +96,6 @@ def test_exponential_is_exact_to_rounding_and_clamped(kernels):
     torch.testing.assert_close(
         found[0].double(), x.double().clamp(-87, 88).exp(), rtol=1.2e-7, atol=0
     )
-
-
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 17), (65, 1025)])
-def test_kept_logits_stand_in_for_logits(kernels, rows, columns):
-    torch.manual_seed(0)
-    step = 2.0**-9
-    logits = torch.rand(rows, columns) * 120 - 60
-    logits[0, 0] = -torch.inf
-    logits[-1, -1] = 32767 * step
-    whole = torch.full((rows + 1, columns + 5), 7, dtype=torch.int16)
-    kept = whole[:rows, :columns]
-    plain = _sums(kernels, logits, 10.0)
-    row_sums, column_sums = (torch.full((n,), torch.nan) for n in logits.shape)
-    kernels.clip_loss_sums(
-        *(logits.data_ptr(), logits.stride(0), rows, columns, 10.0),
-        *(row_sums.data_ptr(), column_sums.data_ptr(), kept.data_ptr(), kept.stride(0), step),
-    )
-    assert torch.equal(row_sums, plain[0])
-    assert torch.equal(column_sums, plain[1])
-    assert torch.equal(kept, (logits / step).round().clamp_min(-32768).to(torch.int16))
-    assert (whole[rows:] == 7).all()
-    assert (whole[:, columns:] == 7).all()
-
-    by_row, by_column = torch.rand(rows) + 1, torch.rand(columns)
-    rounded = torch.where(kept == -32768, -torch.inf, kept * step)
-    want, of_all = _gradient(kernels, rounded, 10.0, by_row, by_column, torch.bfloat16)
-    found = torch.full_like(want, torch.nan)
-    total = kernels.clip_loss_gradient_of_kept(
-        *(kept.data_ptr(), kept.stride(0), step, rows, columns, 10.0),
-        *(by_row.data_ptr(), by_column.data_ptr(), found.data_ptr()),
-    )
-    assert torch.equal(found, want)
-    assert total == of_all
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only done on x86")
@@ -229,14 +206,14 @@ def test_threads_do_not_change_a_bit(kernels):
 def test_sums_of_features_are_those_of_their_logits(kernels, M, N, D, offset, scale):
     torch.manual_seed(M + N)
     rows, columns = (F.normalize(torch.randn(n, D), dim=1).bfloat16() for n in (M, N))
-    shift, step, stride = 5.0, 25 / 32766, N + 3
+    shift, step = 5.0, 25 / 32766
     own, row_sums, column_sums = (torch.full((n,), torch.nan) for n in (M, M, N))
     own.fill_(-torch.inf)
-    kept = torch.zeros(M, stride, dtype=torch.int16)
+    kept = _no_steps(M, N)
     kernels.clip_loss_sums_of_features(
         *(rows.data_ptr(), columns.data_ptr(), M, N, D, scale, offset, shift),
         *(own.data_ptr(), row_sums.data_ptr(), column_sums.data_ptr()),
-        *(kept.data_ptr(), stride, step),
+        *(kept.data_ptr(), kept.shape[1] * 32, step),
         is_bf16=True,
     )
     logits = scale * rows.double() @ columns.double().T
@@ -247,10 +224,53 @@ def test_sums_of_features_are_those_of_their_logits(kernels, M, N, D, offset, sc
     exponentials = (logits - shift).exp().masked_fill(is_own, 0)
     torch.testing.assert_close(row_sums.double(), exponentials.sum(1), rtol=1e-5, atol=1e-30)
     torch.testing.assert_close(column_sums.double(), exponentials.sum(0), rtol=1e-5, atol=1e-30)
-    assert (kept[:, N:] == 0).all()
-    assert (kept[:, :N][is_own] == -(2**15)).all()
-    distance = (kept[:, :N].double() * step - logits).masked_fill(is_own, 0).abs()
+    steps = _in_rows(kept)
+    assert (steps[M:] == 0).all()
+    assert (steps[:, N:] == 0).all()
+    assert (steps[:M, :N][is_own] == -(2**15)).all()
+    distance = (steps[:M, :N].double() * step - logits).masked_fill(is_own, 0).abs()
     assert distance.max() <= step / 2 + 1e-4
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "D"),
+    [(1, 1, 1), (2, 5, 3), (31, 33, 64), (129, 40, 65), (300, 530, 30), (40, 9, 515)],
+)
+@pytest.mark.parametrize("offset", [0, 7, -5, 5000])
+def test_gradient_of_features_from_kept_logits(kernels, M, N, D, offset):
+    torch.manual_seed(M + N)
+    rows, columns = (F.normalize(torch.randn(n, D), dim=1).bfloat16() for n in (M, N))
+    scale, shift, step = 20.0, 5.0, 20.1 / 32766
+    # Whatever is kept beyond the last row and column.
+    kept = torch.randint_like(_no_steps(M, N), -(2**15), 2**15 - 1)
+    unused = [torch.full((n,), -torch.inf) for n in (M, M, N)]
+    kernels.clip_loss_sums_of_features(
+        *(rows.data_ptr(), columns.data_ptr(), M, N, D, scale, offset, shift),
+        *(*(x.data_ptr() for x in unused), kept.data_ptr(), kept.shape[1] * 32, step),
+        is_bf16=True,
+    )
+    by_row, by_column, own = torch.rand(M) - 0.5, torch.rand(N), torch.randn(M)
+
+    is_own = torch.arange(M)[:, None] + offset == torch.arange(N)
+    logits = (_in_rows(kept)[:M, :N].double() * step).masked_fill(is_own, 0)
+    weights = (logits - shift).exp() * (by_row[:, None] + by_column)
+    weights.masked_fill_(is_own, 0)
+    terms = weights * logits
+    weights += is_own * own[:, None].double()
+    for of_columns, features, other, w in (
+        (False, rows, columns, weights),
+        (True, columns, rows, weights.T),
+    ):
+        found = torch.full_like(features, torch.nan)
+        total = kernels.clip_loss_gradient_of_features(
+            *(kept.data_ptr(), kept.shape[1] * 32, step, M, N, D, scale, offset, shift),
+            *(by_row.data_ptr(), by_column.data_ptr(), own.data_ptr()),
+            *(other.data_ptr(), of_columns, found.data_ptr()),
+        )
+        assert abs(total - terms.sum()) <= 1e-5 * terms.abs().sum()
+        # Weights and the result are rounded to bf16.
+        allowed = 1.01 * 2.0**-7 * scale * (w.abs() @ other.double().abs()) + 1e-30
+        assert ((found.double() - scale * w @ other.double()).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("offset", [0, 7])
@@ -277,6 +297,21 @@ def test_fp32_keeps_the_logits_as_they_are(kernels, offset):
     torch.testing.assert_close(kept[:, :N].double(), want, rtol=1e-6, atol=1e-5)
 
 
+def _gradients_of_kept(kernels, rows, columns):
+    (M, D), N = rows.shape, len(columns)
+    torch.manual_seed(0)
+    kept = torch.randint_like(_no_steps(M, N), -1000, 1000)
+    weights = torch.rand(M), torch.rand(N), torch.rand(M)
+    for other, of_columns in ((columns, False), (rows, True)):
+        gradient = torch.empty(N if of_columns else M, D, dtype=torch.bfloat16)
+        total = kernels.clip_loss_gradient_of_features(
+            *(kept.data_ptr(), kept.shape[1] * 32, 0.01, M, N, D, 20.0, 0, 0.0),
+            *(*(x.data_ptr() for x in weights), other.data_ptr(), of_columns, gradient.data_ptr()),
+        )
+        yield gradient.float().flatten()
+        yield torch.tensor([total])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_sums_of_features_do_not_depend_on_the_number_of_threads(kernels, dtype):
     torch.manual_seed(0)
@@ -292,6 +327,8 @@ def test_sums_of_features_do_not_depend_on_the_number_of_threads(kernels, dtype)
                 is_bf16=dtype == torch.bfloat16,
             )
             found.append(torch.cat(sums[1:]))
+            if dtype == torch.bfloat16:
+                found[-1] = torch.cat([found[-1], *_gradients_of_kept(kernels, rows, columns)])
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])

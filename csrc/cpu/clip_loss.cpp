@@ -11,6 +11,7 @@
 #include "exponential.h"
 #include "instruction_set.h"
 #include "panels.h"
+#include "weighted_sums.h"
 
 namespace medfast {
 namespace {
@@ -40,8 +41,7 @@ MEDFAST_KERNEL void keep(float logit, float steps_per_unit, int16_t* to) {
 MEDFAST_KERNEL void keep(float logit, float, float* to) { *to = logit; }
 
 MEDFAST_KERNEL void sum_block(const float* logits, int64_t stride, int64_t rows, int64_t columns,
-                              float shift, float* row_sums, float* column_sums, int16_t* kept,
-                              int64_t kept_stride, float steps_per_unit) {
+                              float shift, float* row_sums, float* column_sums) {
   float sums[kBlockColumns] = {};
   for (int64_t i = 0; i < rows; ++i) {
     const float* row = logits + i * stride;
@@ -53,10 +53,6 @@ MEDFAST_KERNEL void sum_block(const float* logits, int64_t stride, int64_t rows,
       sums[j] += e;
     }
     row_sums[i] = row_sum;
-    if (kept == nullptr) continue;
-#pragma omp simd
-    for (int64_t j = 0; j < columns; ++j)
-      keep(row[j], steps_per_unit, kept + i * kept_stride + j);
   }
   std::copy(sums, sums + columns, column_sums);
 }
@@ -103,6 +99,47 @@ MEDFAST_KERNEL void sum_panel(float* logits, int64_t rows, int64_t columns, floa
   }
 }
 
+// The gradients of a panel of kept logits, rounded, and to `total` kTile partial sums of each times
+// its logit. That of an own one, of row i and column own_column + i, is given, and not in the sums.
+MEDFAST_KERNEL void gradient_panel(const int16_t* kept, float step, float shift,
+                                   const float* row_weights, const float* column_weights,
+                                   int64_t rows, int64_t columns, int64_t own_column,
+                                   const float* own, float* total, bf16* gradient) {
+  alignas(64) float logits[kPanel * kPanel];
+  alignas(64) float unrounded[kPanel * kPanel];
+  // In loops of their own, as load_all has them.
+#pragma omp simd
+  for (int64_t k = 0; k < kPanel * kPanel; ++k) logits[k] = step * static_cast<float>(kept[k]);
+  // So that what is not there adds nothing to the sums.
+  for (int64_t i = 0; i < kPanel; ++i)
+    for (int64_t j = i < rows ? columns : 0; j < kPanel; ++j) logits[i * kPanel + j] = 0;
+  const int64_t first_own = std::max<int64_t>(0, -own_column);
+  const int64_t last_own = std::min(kPanel, kPanel - own_column);
+  for (int64_t i = first_own; i < last_own; ++i) logits[i * kPanel + own_column + i] = 0;
+  for (int64_t i = 0; i < kPanel; ++i) {
+    const float* row = logits + i * kPanel;
+    float* to = unrounded + i * kPanel;
+#pragma omp simd
+    for (int64_t j = 0; j < kTile; ++j) {
+      const float left = row[j];
+      const float right = row[kTile + j];
+      to[j] = clip_loss_both_ways(exponential(left - shift), row_weights[i], column_weights[j]);
+      to[kTile + j] = clip_loss_both_ways(exponential(right - shift), row_weights[i],
+                                          column_weights[kTile + j]);
+      total[j] += to[j] * left + to[kTile + j] * right;
+    }
+  }
+  for (int64_t i = first_own; i < last_own; ++i) unrounded[i * kPanel + own_column + i] = own[i];
+  store_all(unrounded, 1.0f, kPanel * kPanel, gradient);
+}
+
+// Followed by zeros up to a whole panel.
+std::vector<float> padded(const float* values, int64_t count) {
+  std::vector<float> all(kPanel * ceil_div(count, kPanel));
+  std::copy(values, values + count, all.begin());
+  return all;
+}
+
 MEDFAST_KERNEL float gradient_part(const float* logits, int64_t columns, float shift,
                                    float row_weight, const float* column_weights,
                                    float* gradient) {
@@ -118,44 +155,19 @@ MEDFAST_KERNEL float gradient_part(const float* logits, int64_t columns, float s
   return total;
 }
 
-// Widened in a loop of its own, as load_all does it.
-MEDFAST_KERNEL const float* widened(const float* logits, float, int64_t, float*) { return logits; }
-
-MEDFAST_KERNEL const float* widened(const int16_t* kept, float step, int64_t columns, float* to) {
-#pragma omp simd
-  for (int64_t j = 0; j < columns; ++j)
-    to[j] = kept[j] == kLowest ? -INFINITY : step * static_cast<float>(kept[j]);
-  return to;
-}
-
-template <class In, class Out>
-MEDFAST_KERNEL void gradient_row(const In* row, float step, int64_t columns, float shift,
-                                 float row_weight, const float* column_weights, Out* gradient,
-                                 float* sum) {
-  float logits[kBlockColumns];
+template <class Out>
+MEDFAST_KERNEL void gradient_row(const float* row, int64_t columns, float shift, float row_weight,
+                                 const float* column_weights, Out* gradient, float* sum) {
   float unrounded[kBlockColumns];
   float total = 0;
   for (int64_t first = 0; first < columns; first += kBlockColumns) {
     const int64_t count = std::min(kBlockColumns, columns - first);
-    const float* from = widened(row + first, step, count, logits);
     float* to = unrounded;
     if constexpr (std::is_same_v<Out, float>) to = gradient + first;
-    total += gradient_part(from, count, shift, row_weight, column_weights + first, to);
+    total += gradient_part(row + first, count, shift, row_weight, column_weights + first, to);
     if constexpr (!std::is_same_v<Out, float>) store_all(to, 1.0f, count, gradient + first);
   }
   *sum = total;
-}
-
-template <class In, class Out>
-double gradient_of_rows(const In* logits, int64_t stride, float step, int64_t rows,
-                        int64_t columns, float shift, const float* row_weights,
-                        const float* column_weights, Out* gradient) {
-  std::vector<float> sums(rows);
-#pragma omp parallel for schedule(static)
-  for (int64_t i = 0; i < rows; ++i)
-    run<gradient_row<In, Out>>(logits + i * stride, step, columns, shift, row_weights[i],
-                               column_weights, gradient + i * columns, &sums[i]);
-  return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
 }  // namespace
@@ -171,7 +183,7 @@ float largest_norm(const bf16* features, int64_t rows, int64_t width) {
 }
 
 void clip_loss_sums(const float* logits, int64_t stride, int64_t rows, int64_t columns,
-                    float shift, float* row_sums, float* column_sums, KeptLogits<int16_t> kept) {
+                    float shift, float* row_sums, float* column_sums) {
   const int64_t row_blocks = (rows + kBlockRows - 1) / kBlockRows;
   const int64_t column_blocks = (columns + kBlockColumns - 1) / kBlockColumns;
   std::vector<float> row_parts(column_blocks * rows);
@@ -183,9 +195,7 @@ void clip_loss_sums(const float* logits, int64_t stride, int64_t rows, int64_t c
       const int64_t j = b * kBlockColumns;
       run<sum_block>(logits + i * stride + j, stride, std::min(kBlockRows, rows - i),
                      std::min(kBlockColumns, columns - j), shift, row_parts.data() + b * rows + i,
-                     column_parts.data() + a * columns + j,
-                     kept.data == nullptr ? nullptr : kept.data + i * kept.stride + j,
-                     kept.stride, 1.0f / kept.step);
+                     column_parts.data() + a * columns + j);
     }
   std::fill(row_sums, row_sums + rows, 0.0f);
   for (int64_t b = 0; b < column_blocks; ++b)
@@ -205,9 +215,9 @@ void clip_loss_sums_of_features(Matrix<T> rows, Matrix<T> columns, int64_t row_c
   std::vector<double> by_row(row_count);
   for (int64_t left = 0; left < column_count; left += kProductColumns) {
     const int64_t width = std::min(kProductColumns, column_count - left);
-    const int64_t padded = kPanel * ceil_div(width, kPanel);
+    const int64_t padded_width = kPanel * ceil_div(width, kPanel);
     std::vector<float> row_parts(row_count * kTile);
-    std::vector<float> column_parts(row_blocks * padded);
+    std::vector<float> column_parts(row_blocks * padded_width);
     const Matrix<T> band{columns.data + left * columns.column_stride, columns.row_stride,
                          columns.column_stride, 0};
     for_each_product(
@@ -215,17 +225,16 @@ void clip_loss_sums_of_features(Matrix<T> rows, Matrix<T> columns, int64_t row_c
         [&](float* product, int64_t, int64_t i, int64_t j, int64_t height, int64_t count, bool) {
           run<sum_panel<Kept>>(product, height, count, scale, i + offset - left - j, own + i, shift,
                          PanelSums{row_parts.data() + i * kTile,
-                                   column_parts.data() + i / block_rows * padded + j},
-                         kept.data == nullptr ? nullptr
-                                              : kept.data + i * kept.stride + left + j,
-                         kept.stride, 1.0f / kept.step);
+                                   column_parts.data() + i / block_rows * padded_width + j},
+                         kept.data == nullptr ? nullptr : kept.panel(i, left + j),
+                         kept.row_stride(), 1.0f / kept.step);
         });
     for (int64_t i = 0; i < row_count; ++i)
       by_row[i] = std::accumulate(row_parts.begin() + i * kTile,
                                   row_parts.begin() + (i + 1) * kTile, by_row[i]);
     for (int64_t j = 0; j < width; ++j) {
       double sum = 0;
-      for (int64_t a = 0; a < row_blocks; ++a) sum += column_parts[a * padded + j];
+      for (int64_t a = 0; a < row_blocks; ++a) sum += column_parts[a * padded_width + j];
       column_sums[left + j] = static_cast<float>(sum);
     }
   }
@@ -234,17 +243,39 @@ void clip_loss_sums_of_features(Matrix<T> rows, Matrix<T> columns, int64_t row_c
 
 template <class Out>
 double clip_loss_gradient(const float* logits, int64_t stride, int64_t rows, int64_t columns,
-                        float shift, const float* row_weights, const float* column_weights,
-                        Out* gradient) {
-  return gradient_of_rows(logits, stride, 1.0f, rows, columns, shift, row_weights, column_weights,
-                          gradient);
+                          float shift, const float* row_weights, const float* column_weights,
+                          Out* gradient) {
+  std::vector<float> sums(rows);
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < rows; ++i)
+    run<gradient_row<Out>>(logits + i * stride, columns, shift, row_weights[i], column_weights,
+                           gradient + i * columns, &sums[i]);
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
-template <class Out>
-double clip_loss_gradient(KeptLogits<int16_t> logits, int64_t rows, int64_t columns, float shift,
-                        const float* row_weights, const float* column_weights, Out* gradient) {
-  return gradient_of_rows(logits.data, logits.stride, logits.step, rows, columns, shift,
-                          row_weights, column_weights, gradient);
+double clip_loss_gradient_of_features(KeptLogits<int16_t> logits, int64_t rows, int64_t columns,
+                                      int64_t depth, float scale, int64_t offset, float shift,
+                                      const float* row_weights, const float* column_weights,
+                                      const float* own, const bf16* features, bool of_columns,
+                                      bf16* gradient) {
+  const std::vector<float> by_row = padded(row_weights, rows);
+  const std::vector<float> by_column = padded(column_weights, columns);
+  const std::vector<float> own_by_row = padded(own, rows);
+  std::vector<float> totals((of_columns ? by_column : by_row).size() / kPanel * kTile);
+  weighted_sums(of_columns ? columns : rows, of_columns ? rows : columns, depth, features, scale,
+                gradient, [&](int64_t to, int64_t from, uint32_t* weights) {
+                  const int64_t i = of_columns ? from : to;
+                  const int64_t j = of_columns ? to : from;
+                  alignas(64) bf16 panel[kPanel * kPanel];
+                  run<gradient_panel>(
+                      static_cast<const int16_t*>(logits.panel(i, j)), logits.step, shift,
+                      by_row.data() + i, by_column.data() + j, std::min(kPanel, rows - i),
+                      std::min(kPanel, columns - j), i + offset - j, own_by_row.data() + i, totals.data() + to / kPanel * kTile,
+                      of_columns ? panel : reinterpret_cast<bf16*>(weights));
+                  if (of_columns)
+                    pack(Lines<bf16>{panel, 1, kPanel}, kPanel, kStepDepth, true, weights);
+                });
+  return std::accumulate(totals.begin(), totals.end(), 0.0);
 }
 
 template void clip_loss_sums_of_features(Matrix<bf16>, Matrix<bf16>, int64_t, int64_t, int64_t,
@@ -256,8 +287,6 @@ template void clip_loss_sums_of_features(Matrix<float>, Matrix<float>, int64_t, 
 template double clip_loss_gradient(const float*, int64_t, int64_t, int64_t, float, const float*,
                                    const float*, float*);
 template double clip_loss_gradient(const float*, int64_t, int64_t, int64_t, float, const float*,
-                                   const float*, bf16*);
-template double clip_loss_gradient(KeptLogits<int16_t>, int64_t, int64_t, float, const float*,
                                    const float*, bf16*);
 
 }  // namespace medfast

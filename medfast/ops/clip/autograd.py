@@ -99,6 +99,11 @@ def clip_loss_bwd(
         *products, d_scale = _kernels(impl).backward(*inputs, holds_rows, needs_columns)
     else:
         passes = _passes(impl, logit_scale)
+        gradients = passes.gradients_of_features(
+            *d_logits, rows, columns, offset, own, row_lse, column_lse, kept, needs
+        )
+        if gradients is not None:
+            return gradients
         *products, d_scale = chunked.backward(*inputs, kept, holds_rows, needs_columns, passes)
     return tiles.scaled(products, (rows, columns), logit_scale, needs, d_scale)
 
@@ -167,8 +172,11 @@ def _passes(impl: str, logit_scale: Tensor) -> chunked.Passes:
 
 def _kept_shape(rows: Tensor, columns: Tensor, impl: str, needs_grad: bool) -> tuple[int, int]:
     """Return the shape of all logits where the backward wants them and the workspace holds them."""
-    keeps = needs_grad and impl not in _ON_A_GPU and tiles.fits_workspace(rows, columns)
-    return (len(rows), len(columns)) if keeps else (0, 0)
+    if not needs_grad or impl in _ON_A_GPU or not tiles.fits_workspace(rows, columns):
+        return 0, 0
+    if _kept_dtype(rows, impl) == torch.int16:
+        return chunked.whole_panels(len(rows)), chunked.whole_panels(len(columns))
+    return len(rows), len(columns)
 
 
 def _kept_dtype(rows: Tensor, impl: str) -> torch.dtype:

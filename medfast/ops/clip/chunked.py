@@ -9,6 +9,14 @@ from torch import Tensor
 
 from medfast.ops import tiles
 
+# Logits are kept in steps as they come: in panels of so many rows and columns.
+PANEL = 32
+
+
+def whole_panels(length: int) -> int:
+    """Return `length`, rounded up to whole panels."""
+    return -(-length // PANEL) * PANEL
+
 
 @dataclass(frozen=True)
 class KeptLogits:
@@ -17,12 +25,8 @@ class KeptLogits:
     They serve where the gradient is rounded to bf16 anyway.
     """
 
-    steps: Tensor  # [M, N], or [R, C] of a tile; int16, the lowest number for -inf
+    steps: Tensor  # int16, one panel after the other
     step: float
-
-    def of(self, tile: tiles.Tile) -> KeptLogits:
-        """Return the part of a tile."""
-        return KeptLogits(self.steps[tile.rows, tile.columns], self.step)
 
 
 class Passes:
@@ -32,7 +36,7 @@ class Passes:
         """Take the scale [] of the logits, from which subclasses foresee their size."""
 
     def in_steps(self, kept: Tensor, rows: Tensor, columns: Tensor) -> KeptLogits | None:
-        """Return `kept` [M, N] with the step that suits these features; None if it has no steps."""
+        """Return `kept` with the step that suits these features; None if it has no steps."""
         return None
 
     def of_features(
@@ -44,20 +48,34 @@ class Passes:
         """
         return None
 
-    def log_sum_exps(self, logits: Tensor, kept: KeptLogits | None) -> tuple[Tensor, Tensor]:
-        """Return the log-sum-exps of the rows [R] and of the columns [C].
-
-        They are kept where `kept` is given, if `takes_kept` can be true of such a tile.
-        """
+    def log_sum_exps(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log-sum-exps of the rows [R] and of the columns [C]."""
         return logits.logsumexp(1), logits.logsumexp(0)
 
-    def takes_kept(self, row_lse: Tensor, column_lse: Tensor) -> bool:
-        """Return whether `gradient` takes the kept logits of a tile with these log-sum-exps."""
-        return False
+    def gradients_of_features(
+        self,
+        d_own: Tensor,
+        d_rows: Tensor,
+        d_columns: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        offset: int,
+        own: Tensor,
+        row_lse: Tensor,
+        column_lse: Tensor,
+        kept: Tensor,
+        needs: list[bool],
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return the gradients of rows, columns and scale from kept steps, that of none written.
+
+        They are those of `backward` and `tiles.scaled`, empty where `needs` is false; None where
+        this cannot be.
+        """
+        return None
 
     def gradient(
         self,
-        logits: Tensor | KeptLogits,
+        logits: Tensor,
         row_lse: Tensor,
         column_lse: Tensor,
         d_rows: Tensor,
@@ -77,7 +95,6 @@ class Passes:
         Returns:
             The sum of `g_ij l_ij` if it is more precise than `out` would give it, else None.
         """
-        assert isinstance(logits, Tensor)
         along_rows = torch.sub(logits, row_lse[:, None]).exp_().mul_(d_rows[:, None])
         along_columns = torch.sub(logits, column_lse).exp_().mul_(d_columns)
         gradient = along_rows.add_(along_columns)
@@ -115,7 +132,7 @@ def forward(
         for total, slices, part in zip(
             (row_lse, column_lse),
             (tile.rows, tile.columns),
-            passes.log_sum_exps(tile.logits, in_steps and in_steps.of(tile)),
+            passes.log_sum_exps(tile.logits),
             strict=True,
         ):
             torch.logaddexp(total[slices], part.double(), out=total[slices])
@@ -161,26 +178,16 @@ def backward(
     """
     products = tiles.Products(rows, columns, needs_rows, needs_columns)
     d_log_scale = tiles.LogScaleGradient()
-    in_steps = passes.in_steps(kept, rows, columns)
     keeps_all = kept.numel() > 0 and kept.dtype == own.dtype
-    if keeps_all or in_steps is not None:
-        walk = tiles.kept_tiles(rows, columns, kept)
-    else:
-        walk = tiles.tiles(rows, columns, logit_scale)
-    for tile in walk:
-        sums = row_lse[tile.rows], column_lse[tile.columns]
-        logits: Tensor | KeptLogits = tile.logits
-        if in_steps is not None and passes.takes_kept(*sums):
-            logits = in_steps.of(tile)
-        elif not keeps_all:
-            if in_steps is not None:
-                tile = tiles.computed(tile, logit_scale)
-            logits = tile.logits
-            tile.own(logits, offset).fill_(-torch.inf)
+    walk = tiles.kept_tiles if keeps_all else tiles.tiles
+    for tile in walk(rows, columns, kept if keeps_all else logit_scale):
+        if not keeps_all:
+            tile.own(tile.logits, offset).fill_(-torch.inf)
         gradient = products.gradient(tile)
         total = passes.gradient(
-            logits,
-            *sums,
+            tile.logits,
+            row_lse[tile.rows],
+            column_lse[tile.columns],
             d_rows[tile.rows],
             d_columns[tile.columns],
             gradient,
