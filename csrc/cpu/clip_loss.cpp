@@ -262,18 +262,21 @@ double clip_loss_gradient_of_features(KeptLogits<int16_t> logits, int64_t rows, 
   const std::vector<float> by_column = padded(column_weights, columns);
   const std::vector<float> own_by_row = padded(own, rows);
   std::vector<float> totals((of_columns ? by_column : by_row).size() / kPanel * kTile);
+  const auto weigh = [&](int64_t to, int64_t from, uint32_t* weights) {
+    const int64_t i = of_columns ? from : to;
+    const int64_t j = of_columns ? to : from;
+    alignas(64) bf16 not_transposed[kPanel * kPanel];
+    bf16* panel = of_columns ? not_transposed : reinterpret_cast<bf16*>(weights);
+    run<gradient_panel>(static_cast<const int16_t*>(logits.panel(i, j)), logits.step, shift,
+                        by_row.data() + i, by_column.data() + j, std::min(kPanel, rows - i),
+                        std::min(kPanel, columns - j), i + offset - j, own_by_row.data() + i,
+                        totals.data() + to / kPanel * kTile, panel);
+    if (of_columns) pack(Lines<bf16>{panel, 1, kPanel}, kPanel, kStepDepth, true, weights);
+  };
   weighted_sums(of_columns ? columns : rows, of_columns ? rows : columns, depth, features, scale,
-                gradient, [&](int64_t to, int64_t from, uint32_t* weights) {
-                  const int64_t i = of_columns ? from : to;
-                  const int64_t j = of_columns ? to : from;
-                  alignas(64) bf16 panel[kPanel * kPanel];
-                  run<gradient_panel>(
-                      static_cast<const int16_t*>(logits.panel(i, j)), logits.step, shift,
-                      by_row.data() + i, by_column.data() + j, std::min(kPanel, rows - i),
-                      std::min(kPanel, columns - j), i + offset - j, own_by_row.data() + i, totals.data() + to / kPanel * kTile,
-                      of_columns ? panel : reinterpret_cast<bf16*>(weights));
-                  if (of_columns)
-                    pack(Lines<bf16>{panel, 1, kPanel}, kPanel, kStepDepth, true, weights);
+                gradient, [&](int64_t to, int64_t from, int64_t steps, uint32_t* weights) {
+                  for (int64_t step = 0; step < steps; ++step)
+                    weigh(to, from + step * kStepDepth, weights + step * kTermSize);
                 });
   return std::accumulate(totals.begin(), totals.end(), 0.0);
 }

@@ -54,7 +54,8 @@ double clip_loss_gradient(const float* logits, int64_t stride, int64_t rows, int
 // The gradient of one side's features, rounded: scale * g @ features of the rows [rows, depth] from
 // features of the columns [columns, depth], or, `of_columns`, scale * g^T @ features the other way
 // round, all contiguous. g is as above and rounded to bf16, but own[i] is the gradient of row i's
-// own logit, of column i + offset, where it exists. Returns the sum of g_ij * l_ij without own ones.
+// own logit, of column i + offset, where it exists. Returns the sum of g_ij * l_ij, own ones left
+// out.
 double clip_loss_gradient_of_features(KeptLogits<int16_t> logits, int64_t rows, int64_t columns,
                                       int64_t depth, float scale, int64_t offset, float shift,
                                       const float* row_weights, const float* column_weights,

@@ -3,16 +3,20 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "bf16.h"
 #include "threads.h"
+#include "weighted_sums.h"
 
 namespace medfast {
 namespace {
 
 // Pairs whose maxima are gathered together: their features stay in the second-level cache.
 constexpr int64_t kTogether = 4;
+// With bf16, to gather a maximum's feature takes as long as so many entries of products.
+constexpr int64_t kEntriesPerMaximum = 40;
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 struct Best {
@@ -73,6 +77,35 @@ MEDFAST_KERNEL void maxima_of_pair(const float* similarity, int64_t stride, cons
   if (best_word != nullptr)
     for (int64_t p = 0; p < patches; ++p) best_word[p] = static_cast<Index>(places[p]);
 }
+
+// The places of a pair's maxima, and their gradients: d_word of each word's, and of that of patch p
+// d_patch * shares[p].
+template <class Index>
+struct MaximaOfPair {
+  const Index* patch_of;
+  const Index* word_of;
+  const float* shares;
+  float d_word;
+  float d_patch;
+};
+
+template <class Index>
+struct Maxima {
+  const FilipFeatures& sizes;
+  const float* shares;
+  const float* d_image_to_text;
+  const float* d_text_to_image;
+  const Index* best_patch;
+  const Index* best_word;
+
+  MaximaOfPair<Index> of(int64_t caption, int64_t image) const {
+    const int64_t pair = sizes.ids[caption] * sizes.images + image;
+    const int64_t n = sizes.starts[caption + 1] - sizes.starts[caption];
+    return {best_patch + pair * sizes.all_words, best_word + pair * sizes.patches,
+            shares + image * sizes.patches, d_text_to_image[pair] / static_cast<float>(n),
+            d_image_to_text[image * sizes.captions + sizes.ids[caption]]};
+  }
+};
 
 // A feature that a maximum came from, times the gradient of that maximum.
 template <class Feature>
@@ -142,53 +175,21 @@ class Sums {
   std::vector<float> memory_;
 };
 
-}  // namespace
-
-template <class Index>
-void filip_loss_maxima(const TokenTile& tile, const float* similarity, const float* shares,
-                       const FilipScores& scores, Index* best_patch, Index* best_word) {
-  const int64_t columns = tile.columns();
-#pragma omp parallel
-  {
-    std::vector<float> highest(tile.patches);
-    std::vector<int32_t> places(tile.patches);
-    // In turn, since captions are sorted by length.
-#pragma omp for schedule(static, 1)
-    for (int64_t c = 0; c < tile.captions; ++c)
-      for (int64_t j = 0; j < tile.images; ++j) {
-        const int64_t caption = scores.ids[c];
-        const int64_t image = scores.first_image + j;
-        const int64_t pair = caption * scores.all_images + image;
-        const bool keeps = best_patch != nullptr;
-        run<maxima_of_pair<Index>>(
-            similarity + tile.starts[c] * columns + j * tile.patches, columns,
-            shares + j * tile.patches, tile.words(c), tile.patches,
-            scores.image_to_text + image * scores.all_captions + caption,
-            scores.text_to_image + pair,
-            keeps ? best_patch + pair * scores.all_words : nullptr,
-            keeps ? best_word + pair * tile.patches : nullptr, highest.data(), places.data());
-      }
-  }
-}
-
+// Adds, for every maximum, the one feature that it came from.
 template <class Feature, class Index>
-void filip_loss_gradient(const FilipFeatures& sizes, const Feature* words, const Feature* patches,
-                         const float* shares, const float* d_image_to_text,
-                         const float* d_text_to_image, const Index* best_patch,
-                         const Index* best_word, Feature* d_words, Feature* d_patches) {
+void gather(const Maxima<Index>& maxima, const Feature* words, const Feature* patches,
+            Feature* d_words, Feature* d_patches) {
+  const FilipFeatures& sizes = maxima.sizes;
   const int64_t P = sizes.patches;
   const int64_t D = sizes.width;
   // Calls `of_word` and `of_patch` for each maximum of a pair with its gradient and the other side.
   const auto each = [&](int64_t c, int64_t j, const auto& of_word, const auto& of_patch) {
-    const int64_t n = sizes.starts[c + 1] - sizes.starts[c];
-    const int64_t pair = sizes.ids[c] * sizes.images + j;
-    const float d_word = d_text_to_image[pair] / static_cast<float>(n);
-    const float d_patch = d_image_to_text[j * sizes.captions + sizes.ids[c]];
-    for (int64_t t = 0; t < n; ++t)
-      of_word(t, static_cast<int64_t>(best_patch[pair * sizes.all_words + t]), d_word);
+    const MaximaOfPair<Index> pair = maxima.of(c, j);
+    for (int64_t t = 0; t < sizes.starts[c + 1] - sizes.starts[c]; ++t)
+      of_word(t, static_cast<int64_t>(pair.patch_of[t]), pair.d_word);
     for (int64_t p = 0; p < P; ++p)
-      if (shares[j * P + p] > 0.0f)
-        of_patch(p, static_cast<int64_t>(best_word[pair * P + p]), d_patch * shares[j * P + p]);
+      if (pair.shares[p] > 0.0f)
+        of_patch(p, static_cast<int64_t>(pair.word_of[p]), pair.d_patch * pair.shares[p]);
   };
   const auto add_all = [&](const Sources<Feature>& from, Sources<Feature>& sorted,
                            std::vector<int32_t>& starts, int64_t count, float* to) {
@@ -255,6 +256,139 @@ void filip_loss_gradient(const FilipFeatures& sizes, const Feature* words, const
       }
     }
   }
+}
+
+// Some of all words, or of the patches of all images.
+struct Range {
+  int64_t first;
+  int64_t last;
+};
+
+// Calls put(is_here, word, patch, gradient) for the gradients of similarities of `words` and
+// `patches` that are not 0, few as they are, and where is_here is false for some others: so no
+// branch decides, which processors would mispredict.
+template <class Index, class Put>
+void each_gradient(const Maxima<Index>& maxima, const std::vector<int32_t>& caption_of, Range words,
+                   Range patches, const Put& put) {
+  const FilipFeatures& sizes = maxima.sizes;
+  const int64_t P = sizes.patches;
+  for (int64_t c = caption_of[words.first]; c <= caption_of[words.last - 1]; ++c)
+    for (int64_t j = patches.first / P; j * P < patches.last; ++j) {
+      const auto [patch_of, word_of, shares, d_word, d_patch] = maxima.of(c, j);
+      const int64_t word = sizes.starts[c];
+      const int64_t patch = j * P;
+      const int64_t first_word = std::max(words.first, word) - word;
+      const int64_t last_word = std::min(words.last, sizes.starts[c + 1]) - word;
+      const int64_t first_patch = std::max(patches.first, patch) - patch;
+      const int64_t last_patch = std::min(patches.last, patch + P) - patch;
+      for (int64_t t = first_word; t < last_word; ++t) {
+        const int64_t p = patch_of[t];
+        const float of_patch = word_of[p] == t && shares[p] > 0.0f ? d_patch * shares[p] : 0.0f;
+        put((p >= first_patch) & (p < last_patch), word + t, patch + p, d_word + of_patch);
+      }
+      for (int64_t p = first_patch; p < last_patch; ++p) {
+        const int64_t t = word_of[p];
+        const bool is_new = (shares[p] > 0.0f) & (patch_of[t] != p);
+        put(is_new & (t >= first_word) & (t < last_word), word + t, patch + p,
+            d_patch * shares[p]);
+      }
+    }
+}
+
+// The same by products of the gradients of the similarities.
+template <class Index>
+void add_products(const Maxima<Index>& maxima, const bf16* words, const bf16* patches,
+                  bf16* d_words, bf16* d_patches) {
+  const FilipFeatures& sizes = maxima.sizes;
+  const int64_t word_count = sizes.starts[sizes.captions];
+  const int64_t patch_count = sizes.images * sizes.patches;
+  std::vector<int32_t> caption_of(word_count);
+  for (int64_t c = 0; c < sizes.captions; ++c)
+    std::fill(caption_of.begin() + sizes.starts[c], caption_of.begin() + sizes.starts[c + 1],
+              static_cast<int32_t>(c));
+  // Of `rows` by `terms`, in steps of a panel.
+  const auto weigh = [&](Range rows, Range terms, bool rows_are_words, bf16* to) {
+    const int64_t steps = ceil_div(terms.last - terms.first, kStepDepth);
+    std::fill(to, to + steps * kPanel * kStepDepth, bf16{0});
+    bf16 elsewhere;
+    const auto put = [&](bool is_here, int64_t row, int64_t term, float gradient) {
+      const int64_t k = term - terms.first;
+      const int64_t place =
+          (k / kStepDepth * kPanel + row - rows.first) * kStepDepth + k % kStepDepth;
+      const uintptr_t here = reinterpret_cast<uintptr_t>(to + place);
+      const uintptr_t there = reinterpret_cast<uintptr_t>(&elsewhere);
+      const uintptr_t mask = -static_cast<uintptr_t>(is_here);
+      store(gradient, reinterpret_cast<bf16*>(there ^ ((here ^ there) & mask)));
+    };
+    if (rows_are_words)
+      each_gradient(maxima, caption_of, rows, terms, put);
+    else
+      each_gradient(maxima, caption_of, terms, rows,
+                    [&](bool is_here, int64_t word, int64_t patch, float gradient) {
+                      put(is_here, patch, word, gradient);
+                    });
+  };
+  if (d_words != nullptr)
+    weighted_sums(word_count, patch_count, sizes.width, patches, 1.0f, d_words,
+                  [&](int64_t i, int64_t j, int64_t steps, uint32_t* to) {
+                    weigh({i, std::min(i + kPanel, word_count)},
+                          {j, std::min(j + steps * kStepDepth, patch_count)}, true,
+                          reinterpret_cast<bf16*>(to));
+                  });
+  if (d_patches != nullptr)
+    weighted_sums(patch_count, word_count, sizes.width, words, 1.0f, d_patches,
+                  [&](int64_t i, int64_t j, int64_t steps, uint32_t* to) {
+                    weigh({i, std::min(i + kPanel, patch_count)},
+                          {j, std::min(j + steps * kStepDepth, word_count)}, false,
+                          reinterpret_cast<bf16*>(to));
+                  });
+}
+
+}  // namespace
+
+template <class Index>
+void filip_loss_maxima(const TokenTile& tile, const float* similarity, const float* shares,
+                       const FilipScores& scores, Index* best_patch, Index* best_word) {
+  const int64_t columns = tile.columns();
+#pragma omp parallel
+  {
+    std::vector<float> highest(tile.patches);
+    std::vector<int32_t> places(tile.patches);
+    // In turn, since captions are sorted by length.
+#pragma omp for schedule(static, 1)
+    for (int64_t c = 0; c < tile.captions; ++c)
+      for (int64_t j = 0; j < tile.images; ++j) {
+        const int64_t caption = scores.ids[c];
+        const int64_t image = scores.first_image + j;
+        const int64_t pair = caption * scores.all_images + image;
+        const bool keeps = best_patch != nullptr;
+        run<maxima_of_pair<Index>>(
+            similarity + tile.starts[c] * columns + j * tile.patches, columns,
+            shares + j * tile.patches, tile.words(c), tile.patches,
+            scores.image_to_text + image * scores.all_captions + caption,
+            scores.text_to_image + pair,
+            keeps ? best_patch + pair * scores.all_words : nullptr,
+            keeps ? best_word + pair * tile.patches : nullptr, highest.data(), places.data());
+      }
+  }
+}
+
+template <class Feature, class Index>
+void filip_loss_gradient(const FilipFeatures& sizes, const Feature* words, const Feature* patches,
+                         const float* shares, const float* d_image_to_text,
+                         const float* d_text_to_image, const Index* best_patch,
+                         const Index* best_word, Feature* d_words, Feature* d_patches) {
+  const Maxima<Index> maxima{sizes,           shares,     d_image_to_text,
+                             d_text_to_image, best_patch, best_word};
+  if constexpr (std::is_same_v<Feature, bf16>) {
+    // Of one image and all captions.
+    const int64_t word_maxima = sizes.starts[sizes.captions];
+    const int64_t patch_maxima = sizes.captions * sizes.patches;
+    const int64_t entries = word_maxima * sizes.patches;
+    if (entries <= kEntriesPerMaximum * (word_maxima + patch_maxima))
+      return add_products(maxima, words, patches, d_words, d_patches);
+  }
+  gather(maxima, words, patches, d_words, d_patches);
 }
 
 #define MEDFAST_INSTANTIATE_GRADIENT(Feature, Index)                                            \

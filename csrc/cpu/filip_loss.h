@@ -37,10 +37,9 @@ struct FilipFeatures {
   int64_t width;      // D
 };
 
-// The gradients of words [N, D] and patches [images, P, D] by adding, for every maximum, the one
-// feature that it came from, rounded when they are complete; either may be null. d_image_to_text
-// [images, captions] and d_text_to_image [captions, images] are those of the scores, shares
-// [images, P] as above.
+// The gradients of words [N, D] and patches [images, P, D], rounded when they are complete; either
+// may be null. d_image_to_text [images, captions] and d_text_to_image [captions, images] are those
+// of the scores, shares [images, P] as above. Features in bf16 must be finite.
 template <class Feature, class Index>
 void filip_loss_gradient(const FilipFeatures& sizes, const Feature* words, const Feature* patches,
                          const float* shares, const float* d_image_to_text,

@@ -27,8 +27,9 @@ MEDFAST_KERNEL void write_sums(const float* sums, int64_t rows, int64_t columns,
 }
 
 // out_i = alpha * sum_j w_ij features_j: features [terms, depth] and out [rows, depth], contiguous.
-// weigh(i, j, to) writes the weights of rows i to i + 31 and terms j to j + 31 as a step of a panel
-// of a, finite beyond the end. Sums take their terms in order, whatever the number of threads.
+// weigh(i, j, steps, to) writes the weights of rows i to i + 31 and the terms from j on as steps of
+// a panel of a, finite beyond the end. Sums take their terms in order, whatever the number of
+// threads.
 template <class Weigh>
 void weighted_sums(int64_t rows, int64_t terms, int64_t depth, const bf16* features, float alpha,
                    bf16* out, const Weigh& weigh) {
@@ -61,8 +62,7 @@ void weighted_sums(int64_t rows, int64_t terms, int64_t depth, const bf16* featu
         const int64_t first = block * kTermsAtATime;
         const int64_t steps = ceil_div(std::min(kTermsAtATime, terms - first), kStepDepth);
         for (int64_t i = top; i < bottom; i += kPanel) {
-          for (int64_t step = 0; step < steps; ++step)
-            weigh(i, first + step * kStepDepth, weights + step * kTermSize);
+          weigh(i, first, steps, weights);
           for (int64_t panel = 0; panel < panels; ++panel)
             multiply(weights, packed + block * block_size + panel * kTermSteps * kTermSize, steps,
                      std::min(kPanel, bottom - i), std::min(kPanel, depth - panel * kPanel),

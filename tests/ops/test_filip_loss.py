@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from local_loss_checks import Batch, LocalLossChecks, batch
 
 from medfast.ops import filip_loss, filip_scores
+from medfast.ops.dispatch import why_not
 from medfast.ops.filip import api, chunked, reference
 from medfast.ops.packing import valid
 
@@ -51,6 +52,23 @@ class TestFilipLoss(LocalLossChecks):
         for sizes in ((2, 300, 3, 8), (2, 3, 300, 8)):
             inputs = self.inputs(*sizes, masked=True)
             self.assert_as_close_as_eager(loss, inputs, rounds=self.rounds)
+
+    @pytest.mark.usefixtures("bf16_products")
+    @pytest.mark.parametrize(
+        "sizes", [(3, 20, 9, 33), (9, 33, 40, 8), (2, 300, 3, 8), (2, 200, 200, 8)]
+    )
+    def test_bf16_by_products_and_by_gathering(self, sizes):
+        """With the last of the sizes maxima are so few that their features are gathered."""
+        if why_not(self.name, "cpu") is not None:
+            pytest.skip(why_not(self.name, "cpu"))
+        inputs = self.inputs(*sizes, dtype=torch.bfloat16, masked=True)
+        loss = lambda *a, **k: self.function(*a, impl="cpu", **k)  # noqa: E731
+        self.assert_as_close_as_eager(loss, inputs, rounds=True)
+        want = self.loss_and_grads(loss, inputs)
+        inputs.patches[~inputs.patch_mask] = torch.nan
+        inputs.tokens[~inputs.token_mask] = torch.nan
+        for found, a in zip(self.loss_and_grads(loss, inputs), want, strict=True):
+            assert torch.equal(found, a)
 
 
 def test_reference_is_the_published_loop():
