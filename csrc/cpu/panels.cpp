@@ -17,7 +17,7 @@
 namespace medfast {
 namespace {
 
-// Memory that grows.
+// Memory that grows, until it is released.
 class Buffer {
  public:
   uint32_t* of(int64_t size) {
@@ -27,6 +27,11 @@ class Buffer {
     }
     const auto address = reinterpret_cast<uintptr_t>(memory_.get());
     return memory_.get() + (-address & (4 * kAlignment - 1)) / 4;
+  }
+  void release_if_larger(int64_t size) {
+    if (size_ <= size) return;
+    memory_.reset();
+    size_ = 0;
   }
 
  private:
@@ -328,14 +333,20 @@ TileRegisters::~TileRegisters() {
 #endif
 }
 
-uint32_t* memory_of_a(int64_t size) {
-  thread_local Buffer buffer;
-  return buffer.of(size);
-}
+namespace {
+// 64 MiB.
+constexpr int64_t kMostThatStays = int64_t{1} << 24;
+thread_local Buffer of_a;
+thread_local Buffer of_b;
+}  // namespace
 
-uint32_t* memory_of_b(int64_t size) {
-  thread_local Buffer buffer;
-  return buffer.of(size);
+uint32_t* memory_of_a(int64_t size) { return of_a.of(size); }
+
+uint32_t* memory_of_b(int64_t size) { return of_b.of(size); }
+
+void release_large_memory() {
+  of_a.release_if_larger(kMostThatStays);
+  of_b.release_if_larger(kMostThatStays);
 }
 
 }  // namespace medfast

@@ -82,6 +82,8 @@ class TileRegisters {
 // call: fresh pages cost as much as what is written there.
 uint32_t* memory_of_a(int64_t size);
 uint32_t* memory_of_b(int64_t size);
+// Ends this for memory of this thread that is much larger than most calls need.
+void release_large_memory();
 
 // How products are divided among threads: what one takes at a time, in whole panels, and the depth
 // that is summed before `use` sees it.

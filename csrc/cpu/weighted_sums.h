@@ -78,6 +78,8 @@ void weighted_sums(int64_t rows, int64_t terms, int64_t depth, const bf16* featu
               out + i * depth + k, depth);
     }
   }
+  // All features are packed at once.
+  release_large_memory();
 }
 
 }  // namespace medfast

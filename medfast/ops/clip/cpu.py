@@ -10,7 +10,6 @@ from torch import Tensor
 from medfast import _C
 from medfast.ops import matmul, tiles
 from medfast.ops.clip.chunked import PANEL, KeptLogits, Passes, whole_panels
-from medfast.ops.workspace import workspace_bytes
 
 # Above this scale one shift cannot serve every row: sums may fall below what fp32 holds.
 _MAX_SCALE = 150.0
@@ -111,8 +110,6 @@ class CpuPasses(Passes):
         if logits is None or not self._takes(row_lse, column_lse):
             return None
         x, y = tiles.operand(rows), tiles.operand(columns)
-        if max(x.nbytes, y.nbytes) > workspace_bytes():  # which a packed copy takes
-            return None
         row_weights = self._weights(row_lse, d_rows)
         column_weights = self._weights(column_lse, d_columns)
         d_own = d_own.contiguous()
