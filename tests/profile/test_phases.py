@@ -1,5 +1,6 @@
 """What a step is at: known times come back phase by phase, and nothing is lost between."""
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -263,6 +264,7 @@ def test_known_sleeps_come_back_and_little_else(taken):
 
 def test_the_peak_of_a_phase_is_its_own():
     device = torch.device("cpu")
+    gc.collect()  # else what earlier tests left may go meanwhile, and make room
     before = forget_peak_memory(device)
     found = p.Phases(p.PeakMemory(device))
     found.step()
