@@ -306,42 +306,35 @@ void add_products(const Maxima<Index>& maxima, const bf16* words, const bf16* pa
   for (int64_t c = 0; c < sizes.captions; ++c)
     std::fill(caption_of.begin() + sizes.starts[c], caption_of.begin() + sizes.starts[c + 1],
               static_cast<int32_t>(c));
-  // Of `rows` by `terms`, in steps of a panel.
-  const auto weigh = [&](Range rows, Range terms, bool rows_are_words, bf16* to) {
-    const int64_t steps = ceil_div(terms.last - terms.first, kStepDepth);
-    std::fill(to, to + steps * kPanel * kStepDepth, bf16{0});
-    bf16 elsewhere;
-    const auto put = [&](bool is_here, int64_t row, int64_t term, float gradient) {
-      const int64_t k = term - terms.first;
-      const int64_t place =
-          (k / kStepDepth * kPanel + row - rows.first) * kStepDepth + k % kStepDepth;
-      const uintptr_t here = reinterpret_cast<uintptr_t>(to + place);
-      const uintptr_t there = reinterpret_cast<uintptr_t>(&elsewhere);
-      const uintptr_t mask = -static_cast<uintptr_t>(is_here);
-      store(gradient, reinterpret_cast<bf16*>(there ^ ((here ^ there) & mask)));
-    };
-    if (rows_are_words)
+  const auto add = [&](int64_t row_count, int64_t term_count, const bf16* features, bf16* out,
+                       const auto& each_of) {
+    weighted_sums(
+        row_count, term_count, sizes.width, features, 1.0f, out,
+        [&](int64_t row, int64_t term, int64_t steps, uint32_t* memory) {
+          const Range rows{row, std::min(row + kPanel, row_count)};
+          const Range terms{term, std::min(term + steps * kStepDepth, term_count)};
+          bf16* const weights = reinterpret_cast<bf16*>(memory);
+          std::fill(weights, weights + steps * kPanel * kStepDepth, bf16{0});
+          bf16 elsewhere;
+          bf16* const memories[] = {&elsewhere, weights};
+          each_of(rows, terms, [&](bool is_here, int64_t i, int64_t j, float gradient) {
+            const int64_t k = j - term;
+            const int64_t place = (k / kStepDepth * kPanel + i - row) * kStepDepth + k % kStepDepth;
+            store(gradient, memories[is_here] + is_here * place);
+          });
+        });
+  };
+  if (d_words != nullptr)
+    add(word_count, patch_count, patches, d_words, [&](Range rows, Range terms, const auto& put) {
       each_gradient(maxima, caption_of, rows, terms, put);
-    else
+    });
+  if (d_patches != nullptr)
+    add(patch_count, word_count, words, d_patches, [&](Range rows, Range terms, const auto& put) {
       each_gradient(maxima, caption_of, terms, rows,
                     [&](bool is_here, int64_t word, int64_t patch, float gradient) {
                       put(is_here, patch, word, gradient);
                     });
-  };
-  if (d_words != nullptr)
-    weighted_sums(word_count, patch_count, sizes.width, patches, 1.0f, d_words,
-                  [&](int64_t i, int64_t j, int64_t steps, uint32_t* to) {
-                    weigh({i, std::min(i + kPanel, word_count)},
-                          {j, std::min(j + steps * kStepDepth, patch_count)}, true,
-                          reinterpret_cast<bf16*>(to));
-                  });
-  if (d_patches != nullptr)
-    weighted_sums(patch_count, word_count, sizes.width, words, 1.0f, d_patches,
-                  [&](int64_t i, int64_t j, int64_t steps, uint32_t* to) {
-                    weigh({i, std::min(i + kPanel, patch_count)},
-                          {j, std::min(j + steps * kStepDepth, word_count)}, false,
-                          reinterpret_cast<bf16*>(to));
-                  });
+    });
 }
 
 }  // namespace

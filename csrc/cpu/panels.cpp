@@ -336,17 +336,16 @@ TileRegisters::~TileRegisters() {
 namespace {
 // 64 MiB.
 constexpr int64_t kMostThatStays = int64_t{1} << 24;
-thread_local Buffer of_a;
 thread_local Buffer of_b;
 }  // namespace
 
-uint32_t* memory_of_a(int64_t size) { return of_a.of(size); }
+uint32_t* memory_of_a(int64_t size) {
+  thread_local Buffer buffer;
+  return buffer.of(size);
+}
 
 uint32_t* memory_of_b(int64_t size) { return of_b.of(size); }
 
-void release_large_memory() {
-  of_a.release_if_larger(kMostThatStays);
-  of_b.release_if_larger(kMostThatStays);
-}
+void release_large_memory_of_b() { of_b.release_if_larger(kMostThatStays); }
 
 }  // namespace medfast

@@ -69,6 +69,20 @@ using Multiply = void (*)(const uint32_t* a, const uint32_t* b, int64_t steps, i
 template <class T>
 Multiply chosen_multiply();
 
+// Writes the wanted part of a product of two panels, times alpha, to out, or adds it.
+template <class Out>
+MEDFAST_KERNEL void write_panel(const float* product, int64_t rows, int64_t columns, float alpha,
+                                bool accumulate, Out* out, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i, product += kPanel, out += stride) {
+    if (!accumulate) {
+      store_all(product, alpha, columns, out);
+      continue;
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < columns; ++j) store(load(out + j) + alpha * product[j], out + j);
+  }
+}
+
 // While it lives, this thread's tile registers have the shape that products need.
 class TileRegisters {
  public:
@@ -82,8 +96,8 @@ class TileRegisters {
 // call: fresh pages cost as much as what is written there.
 uint32_t* memory_of_a(int64_t size);
 uint32_t* memory_of_b(int64_t size);
-// Ends this for memory of this thread that is much larger than most calls need.
-void release_large_memory();
+// Ends this for memory that is much larger than most calls need.
+void release_large_memory_of_b();
 
 // How products are divided among threads: what one takes at a time, in whole panels, and the depth
 // that is summed before `use` sees it.

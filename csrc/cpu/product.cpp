@@ -17,20 +17,6 @@ constexpr int64_t kMostColumns = 2048;
 // So that none waits long for the others.
 constexpr int64_t kTasksPerThread = 4;
 
-template <class Out>
-MEDFAST_KERNEL void write(const float* product, int64_t rows, int64_t columns, float alpha,
-                          bool accumulate, Out* out, int64_t stride) {
-  for (int64_t i = 0; i < rows; ++i, product += kPanel, out += stride) {
-    if (accumulate) {
-#pragma omp simd
-      for (int64_t j = 0; j < columns; ++j) store(load(out + j) + alpha * product[j], out + j);
-    } else {
-#pragma omp simd
-      for (int64_t j = 0; j < columns; ++j) store(alpha * product[j], out + j);
-    }
-  }
-}
-
 }  // namespace
 
 template <class T, class Out>
@@ -50,9 +36,10 @@ void product(int64_t count, int64_t rows, int64_t columns, int64_t depth, Matrix
                      {block_rows, block_depth},
                      [&](const float* part, int64_t which, int64_t i, int64_t j, int64_t height,
                          int64_t width, bool is_first) {
-                       run<write<Out>>(part, height, width, alpha, accumulate || !is_first,
-                                       out.data + which * out.next + i * out.row_stride + left + j,
-                                       out.row_stride);
+                       run<write_panel<Out>>(
+                           part, height, width, alpha, accumulate || !is_first,
+                           out.data + which * out.next + i * out.row_stride + left + j,
+                           out.row_stride);
                      });
   }
 }

@@ -20,12 +20,6 @@ constexpr int64_t kMostSums = 1 << 18;
 // So that no thread waits long for the others.
 constexpr int64_t kTasksOfSums = 4;
 
-MEDFAST_KERNEL void write_sums(const float* sums, int64_t rows, int64_t columns, float alpha,
-                               bf16* out, int64_t stride) {
-  for (int64_t i = 0; i < rows; ++i)
-    store_all(sums + i * kPanel, alpha, columns, out + i * stride);
-}
-
 // out_i = alpha * sum_j w_ij features_j: features [terms, depth] and out [rows, depth], contiguous.
 // weigh(i, j, steps, to) writes the weights of rows i to i + 31 and the terms from j on as steps of
 // a panel of a, finite beyond the end. Sums take their terms in order, whatever the number of
@@ -72,14 +66,14 @@ void weighted_sums(int64_t rows, int64_t terms, int64_t depth, const bf16* featu
       }
       for (int64_t i = top; i < bottom; i += kPanel)
         for (int64_t k = 0; k < depth; k += kPanel)
-          run<write_sums>(
+          run<write_panel<bf16>>(
               static_cast<const float*>(sums + (i - top) / kPanel * sums_size + k * kPanel),
-              std::min(kPanel, bottom - i), std::min(kPanel, depth - k), alpha,
+              std::min(kPanel, bottom - i), std::min(kPanel, depth - k), alpha, false,
               out + i * depth + k, depth);
     }
   }
   // All features are packed at once.
-  release_large_memory();
+  release_large_memory_of_b();
 }
 
 }  // namespace medfast

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -93,13 +93,6 @@ def _walk(
             if not is_known:
                 multiply(x, y, scale, logits)
             yield Tile(part, band, x, y, logits)
-
-
-def computed(tile: Tile, scale: Tensor | float) -> Tile:
-    """Return the tile with its logits computed, in memory of its own."""
-    logits = torch.empty(tile.logits.shape, dtype=summable(tile.row_features))
-    multiply(tile.row_features, tile.column_features, scale, logits)
-    return replace(tile, logits=logits)
 
 
 def multiply(x: Tensor, y: Tensor, scale: Tensor | float, out: Tensor) -> None:

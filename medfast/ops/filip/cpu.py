@@ -56,7 +56,8 @@ def backward(
     M, P, D = patches.shape
     (words,) = packing.pack(OP, tokens, token_mask, size=1, most_rows=token_mask.numel())
     features = tiles.operand(patches)
-    if patch_mask is not None:  # what does not count may be NaN, and products take all
+    # What does not count may be NaN, and products, which are for bf16, take all.
+    if patch_mask is not None and features.dtype == torch.bfloat16:
         features = features.masked_fill(~patch_mask[..., None], 0)
     shares = patch_shares(patches, patch_mask)
     d_patches = torch.empty_like(features) if needs_patches else None
