@@ -47,8 +47,6 @@ SIZES = [
 _GROUP = tl.constexpr(16)
 # A launch has at most 2**16 programs along its second dimension.
 MOST_IMAGES = 2**15
-# Into how many parts an epilogue with temporaries divides a tile.
-PARTS = 2
 # Slots are this small at least, and twice as large each.
 _SMALLEST_SLOT = 32
 _SMALLEST_SLOT_INTERPRETED = 8
@@ -65,6 +63,8 @@ class Shape:
     stages: int
     # Programs that a multiprocessor holds at a time.
     programs: int = 1
+    # Into how many parts an epilogue with temporaries divides the tile.
+    parts: int = 2
 
 
 # The tiles of a product's result.
@@ -203,7 +203,7 @@ def gradient_chunk(
     """Return how many images and pieces a chunk of a gradient may cover within the workspace.
 
     About as many words as patches is best: what the products add to is read and written once for
-    each chunk.
+    each chunk. Kernels count a chunk's entries in int32.
 
     Args:
         images: M.
@@ -212,7 +212,7 @@ def gradient_chunk(
         words: The most words of a piece.
         entry_bytes: What a word and a patch take.
     """
-    entries = max(1, workspace_bytes() // entry_bytes)
+    entries = max(1, min(workspace_bytes() // entry_bytes, 2**31 - 1))
     side = math.isqrt(entries)
     images = min(images, MOST_IMAGES)
     wide = min(images, max(1, side // patches))
@@ -351,23 +351,23 @@ def _word_product_kernel(
         mask_c = offs_c[None, :] < D
         x_ptrs = gradient_ptr + (local[:, None] * stride + offs_k[None, :])
         y_ptrs = patches_ptr + (offs_k[:, None] * D + offs_c[None, :])
-        product = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-        for k in range(0, K, BLOCK_D):
-            x = tl.load(x_ptrs, mask=offs_k[None, :] < stride - k, other=0.0)
-            y = tl.load(y_ptrs, mask=(offs_k[:, None] < K - k) & mask_c, other=0.0)
-            product = tl.dot(x, y, product, input_precision=PRECISION)
-            x_ptrs += BLOCK_D
-            y_ptrs += BLOCK_D * D
         offs = (start + local)[:, None] * D + offs_c[None, :]
+        product = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         if HAS_FACTORS:
             factor = tl.zeros((BLOCK_R,), tl.float32)
             for image in range(0, images):
                 factor += tl.load(factors_ptr + image * rows + local)
             words = tl.load(words_ptr + offs, mask=mask_c, other=0.0)
             product += words.to(tl.float32) * factor[:, None]
-        mask = (offs_r < count)[:, None] & mask_c
-        product += tl.load(out_ptr + offs, mask=mask & (accumulate != 0), other=0.0)
-        tl.store(out_ptr + offs, product, mask=mask)
+        for k in range(0, K, BLOCK_D):
+            x = tl.load(x_ptrs, mask=offs_k[None, :] < stride - k, other=0.0)
+            y = tl.load(y_ptrs, mask=(offs_k[:, None] < K - k) & mask_c, other=0.0)
+            product = tl.dot(x, y, product, input_precision=PRECISION)
+            x_ptrs += BLOCK_D
+            y_ptrs += BLOCK_D * D
+        if accumulate != 0:
+            product += tl.load(out_ptr + offs, mask=mask_c, other=0.0)
+        tl.store(out_ptr + offs, product, mask=(offs_r < count)[:, None] & mask_c)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "C"])

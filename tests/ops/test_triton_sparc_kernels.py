@@ -33,7 +33,7 @@ def interpreter_run():
 
 def _compile(kernel, dtype, precision, architecture, has_mask=True, has_threshold=False):
     """Compile a kernel as a launch would, for pointers and widths that are multiples of 16."""
-    given = sparc.constants(sparc.blocks_of(precision), precision)
+    given = sparc.constants(sparc.blocks_of(precision, architecture), precision)
     options = {name: given.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
     given |= {"HAS_MASK": has_mask, "HAS_THRESHOLD": has_threshold}
     kinds = OTHERS | dict.fromkeys(FEATURES, NAMES[dtype]) | {"threshold": "fp32"}
@@ -69,6 +69,26 @@ def test_fp32_uses_tf32_only_where_asked(kernel, precision, architecture, tmp_pa
 def test_kernels_fit_without_a_mask_and_with_a_threshold(kernel, tmp_path):
     compiled = _compile(kernel, torch.bfloat16, "half", 90, has_mask=False, has_threshold=True)
     assert_fits(compiled, 90, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [
+        (torch.bfloat16, "half"),
+        (torch.float16, "half"),
+        (torch.float32, "tf32"),
+        (torch.float32, "ieee"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
+def test_all_that_a_launch_may_compile_fits(kernel, dtype, precision, architecture, tmp_path):
+    for has_mask in (False, True):
+        for has_threshold in (False, True):
+            given = (dtype, precision, architecture, has_mask, has_threshold)
+            assert_fits(_compile(kernel, *given), architecture, tmp_path)
 
 
 def test_values_under_the_interpreter(interpreter_run):

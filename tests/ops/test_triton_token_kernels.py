@@ -23,9 +23,9 @@ WORDS = triton_words._word_product_kernel
 SUMS = triton_words._sum_over_words_kernel
 # The kernels that multiply, with what they are compiled for besides the tile.
 BUSY = {
-    MAXIMA: {"PIECES": 1, "SLOT": 128, "NEEDS_PLACES": True, "PARTS": triton_words.PARTS},
+    MAXIMA: {"PIECES": 1, "SLOT": 128, "NEEDS_PLACES": True},
     SCORES: {"SLOT": 128},
-    GRADIENT: {"SLOT": 128, "PARTS": triton_words.PARTS},
+    GRADIENT: {"SLOT": 128},
     WORDS: {"HAS_FACTORS": True},
     SUMS: {"IS_PACKED": True},
 }
@@ -65,10 +65,12 @@ def _given(kernel, dtype, precision, architecture, words=128):
     if kernel is MAXIMA:
         shape = filip.shape_of(precision, architecture)
     elif kernel in (SCORES, GRADIENT):
-        shape = alignment.shape_of(precision, architecture, words)
+        shape = alignment.shape_of(precision, architecture, words, kernel is GRADIENT)
     else:
         shape = triton_words.product_shape(precision, architecture)
     given = triton_words.constants(shape, precision) | BUSY[kernel]
+    if kernel in (MAXIMA, GRADIENT):
+        given["PARTS"] = shape.parts
     if kernel in (SCORES, GRADIENT):
         given["MAX_TEMPERATURE"] = alignment.max_temperature(dtype)
     return given
@@ -115,10 +117,45 @@ def test_fp16_uses_tensor_cores(kernel, tmp_path):
     assert "wgmma.mma_async" in compiled.asm["ptx"]
 
 
+@pytest.mark.parametrize(("architecture", "slot"), [(80, 32), (90, 64), (100, 32)])
 @pytest.mark.parametrize("kernel", [MAXIMA, SCORES, GRADIENT], ids=lambda kernel: kernel.__name__)
-def test_short_captions_fit(kernel, tmp_path):
-    given = _given(kernel, torch.bfloat16, "half", 90) | {"SLOT": 32}
-    assert_fits(_compile(kernel, torch.bfloat16, 90, given), 90, tmp_path)
+def test_short_captions_fit(kernel, architecture, slot, tmp_path):
+    given = _given(kernel, torch.bfloat16, "half", architecture) | {"SLOT": slot}
+    assert_fits(_compile(kernel, torch.bfloat16, architecture, given), architecture, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [
+        (torch.bfloat16, "half"),
+        (torch.float16, "half"),
+        (torch.float32, "tf32"),
+        (torch.float32, "ieee"),
+    ],
+    ids=str,
+)
+def test_all_that_a_launch_may_compile_fits(dtype, precision, architecture, tmp_path):
+    slots = [{"SLOT": slot} for slot in triton_words.slots_for(128)]
+    flags = (False, True)
+    variants = {
+        MAXIMA: [
+            slot | {"NEEDS_PLACES": needs_places, "PIECES": pieces}
+            for slot in slots
+            for needs_places in flags
+            for pieces in (1, 2)
+        ],
+        SCORES: slots,
+        GRADIENT: slots,
+        WORDS: [{"HAS_FACTORS": has_factors} for has_factors in flags],
+        SUMS: [{"IS_PACKED": is_packed} for is_packed in flags],
+    }
+    for kernel, choices in variants.items():
+        for choice in choices:
+            given = _given(kernel, dtype, precision, architecture) | choice
+            compiled = _compile(kernel, dtype, architecture, given)
+            assert_fits(compiled, architecture, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from medfast.ops.triton_tiles import (
 from medfast.ops.triton_words import (
     INTERPRETED,
     MOST_IMAGES,
-    PARTS,
     SIZES,
     Packed,
     Shape,
@@ -44,16 +43,16 @@ from medfast.ops.triton_words import (
 from medfast.ops.workspace import workspace_bytes
 
 _SHAPES = {
-    ("half", 80): Shape(128, 64, 32, warps=4, stages=4, programs=2),
-    ("half", 90): Shape(128, 64, 64, warps=4, stages=3, programs=2),
-    ("half", 100): Shape(128, 64, 64, warps=4, stages=3, programs=2),
+    ("half", 80): Shape(128, 64, 32, warps=4, stages=4, programs=2, parts=4),
+    ("half", 90): Shape(128, 64, 64, warps=4, stages=3, programs=2, parts=4),
+    ("half", 100): Shape(128, 64, 64, warps=4, stages=3, programs=2, parts=4),
     ("tf32", 80): Shape(128, 64, 32, warps=8, stages=3, programs=2),
     ("tf32", 90): Shape(128, 64, 32, warps=8, stages=3, programs=2),
-    ("tf32", 100): Shape(128, 64, 32, warps=8, stages=3, programs=2),
+    ("tf32", 100): Shape(128, 64, 32, warps=4, stages=3, programs=2, parts=4),
     # Multiplied without tensor cores.
-    ("ieee", 80): Shape(128, 32, 16, warps=8, stages=3, programs=2),
-    ("ieee", 90): Shape(128, 32, 16, warps=8, stages=3, programs=2),
-    ("ieee", 100): Shape(128, 32, 16, warps=8, stages=3, programs=2),
+    ("ieee", 80): Shape(128, 32, 32, warps=4, stages=2, programs=2),
+    ("ieee", 90): Shape(128, 32, 32, warps=4, stages=2, programs=2),
+    ("ieee", 100): Shape(128, 32, 32, warps=4, stages=2, programs=2),
 }
 # Words and patches whose gradient a program writes at a time, and patches that it reduces.
 _WORDS, _PATCHES, _VECTOR = 32, 128, 512
@@ -282,7 +281,7 @@ def _maxima(
             PIECES=packed.pieces // N,
             SLOT=slot,
             NEEDS_PLACES=best_patch.numel() > 0,
-            PARTS=PARTS,
+            PARTS=shape.parts,
             **constants(shape, precision),
         )
 

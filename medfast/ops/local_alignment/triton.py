@@ -26,7 +26,6 @@ from medfast.ops.triton_tiles import (
 )
 from medfast.ops.triton_words import (
     INTERPRETED,
-    PARTS,
     SIZES,
     Packed,
     Shape,
@@ -53,10 +52,18 @@ _SHAPES = {
     ("tf32", 90): Shape(128, 32, 32, warps=8, stages=3),
     ("tf32", 100): Shape(128, 64, 32, warps=8, stages=3),
     # Multiplied without tensor cores.
-    ("ieee", 80): Shape(128, 32, 16, warps=8, stages=2),
-    ("ieee", 90): Shape(128, 32, 16, warps=8, stages=2),
-    ("ieee", 100): Shape(128, 32, 16, warps=8, stages=2),
+    ("ieee", 80): Shape(128, 32, 16, warps=8, stages=3),
+    ("ieee", 90): Shape(128, 32, 16, warps=8, stages=3),
+    ("ieee", 100): Shape(128, 32, 32, warps=8, stages=3),
 }
+# The backward holds more: compiled like this it spills nothing either.
+_BACKWARD_SHAPES = _SHAPES | {
+    ("half", 80): Shape(128, 64, 32, warps=8, stages=4, parts=8),
+    ("ieee", 80): Shape(128, 32, 32, warps=8, stages=3),
+    ("ieee", 90): Shape(128, 32, 32, warps=8, stages=3),
+}
+# P is a multiple of 16 here: what a kernel knows to be one it loads by 16 bytes, and ahead.
+_SIZES = [name for name in SIZES if name != "P"]
 _MIN_NORM = tl.constexpr(MIN_NORM)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 # Up to this temperature exponentials of all attentions, which are between 0 and 1, fit a dtype, and
@@ -65,9 +72,10 @@ _MAX_TEMPERATURE = {torch.float16: 8.0}
 _MAX_TEMPERATURE_OTHERS = 40.0
 
 
-def shape_of(precision: str, architecture: int, words: int) -> Shape:
+def shape_of(precision: str, architecture: int, words: int, is_backward: bool) -> Shape:
     """Return the tile of a program for captions of at most `words`."""
-    return _with_room(_SHAPES[precision, architecture], words)
+    shapes = _BACKWARD_SHAPES if is_backward else _SHAPES
+    return _with_room(shapes[precision, architecture], words)
 
 
 def forward(
@@ -92,7 +100,7 @@ def forward(
     """
     inputs = (patches, tokens, token_mask, patch_mask)
     temps = (temp_attention.float(), temp_words.float())
-    batch = _Batch(*inputs)
+    batch = _Batch(*inputs, is_backward=False)
     M, P, D = batch.patches.shape
     grams = batch.patches @ batch.patches.mT
     scores = patches.new_empty(len(tokens), M, dtype=torch.float32)
@@ -143,7 +151,7 @@ def backward(
     """
     inputs = (patches, tokens, token_mask, patch_mask)
     temps = (temp_attention.float(), temp_words.float())
-    batch = _Batch(*inputs)
+    batch = _Batch(*inputs, is_backward=True)
     packed, shape = batch.packed, batch.shape
     M, P, D = batch.patches.shape
     T = tokens.shape[1]
@@ -190,7 +198,7 @@ def backward(
                         first,
                         last,
                         SLOT=slot,
-                        PARTS=PARTS,
+                        PARTS=shape.parts,
                         **batch.constants(),
                     )
                     d_temps += sums.sum(0, dtype=torch.float64)
@@ -231,7 +239,12 @@ class _Batch:
     """A batch as the kernels take it. P and D are padded to multiples of 16."""
 
     def __init__(
-        self, patches: Tensor, tokens: Tensor, token_mask: Tensor, patch_mask: Tensor | None
+        self,
+        patches: Tensor,
+        tokens: Tensor,
+        token_mask: Tensor,
+        patch_mask: Tensor | None,
+        is_backward: bool,
     ) -> None:
         T = tokens.shape[1]
         self._precision = precision_of(patches)
@@ -239,7 +252,8 @@ class _Batch:
         if is_interpreted:
             self.shape = _with_room(INTERPRETED, T)
         else:
-            self.shape = shape_of(self._precision, architecture_of(patches.device), T)
+            architecture = architecture_of(patches.device)
+            self.shape = shape_of(self._precision, architecture, T, is_backward)
         self.packed: Packed = pack(tokens, token_mask, self.shape.rows, is_interpreted)
         self._norms = torch.linalg.vector_norm(self.packed.words, dim=1, dtype=torch.float32)
         features, mask = patches_of(patches, patch_mask)
@@ -302,7 +316,7 @@ def _with_room(shape: Shape, words: int) -> Shape:
     return shape
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=_SIZES)
 def _local_alignment_loss_kernel(
     words_ptr,
     norms_ptr,
@@ -373,7 +387,7 @@ def _local_alignment_loss_kernel(
         tl.store(scores_ptr + caption * M + image, score, mask=mask_s)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=_SIZES)
 def _local_alignment_loss_gradient_kernel(
     words_ptr,
     norms_ptr,
@@ -421,7 +435,8 @@ def _local_alignment_loss_gradient_kernel(
     tiles = tile_count(first, stop, SLOTS)
     first_word = tl.load(starts_ptr + first_piece)
     temp_attention, temp_words = tl.load(temp_attention_ptr), tl.load(temp_words_ptr)
-    scale, square_scale = 1.0 / tl.load(units_ptr), 1.0 / tl.load(units_ptr + 1)
+    scale = 1.0 / tl.load(units_ptr)
+    ratio = tl.load(units_ptr) / tl.load(units_ptr + 1)
     # Of one element: for Blackwell, Triton 3.6 fails at sums of a product's vectors to a scalar.
     d_temp_attention, d_temp_words = tl.zeros((1,), tl.float32), 0.0
     for index in range(tl.program_id(0), tiles * images, tl.num_programs(0)):
@@ -430,18 +445,18 @@ def _local_alignment_loss_gradient_kernel(
         start = first + tile * SLOTS
         piece, word, _, is_word = rows_of(starts_ptr, start, stop, SLOT, BLOCK_R)
         # A word's place in the chunk; of the rows that are no words only that it exists matters.
-        local = tl.where(is_word, word - first_word, 0)
+        local = tl.where(is_word, word - first_word, 0).to(tl.int32)
         image_ptr, gram_ptr = patches_ptr + image * P * D, grams_ptr + image * P * P
-        tile_ptr = exponentials_ptr + image * P
+        place = local * images + image.to(tl.int32)
         total, dot, square = _contexts(
             words_ptr,
             image_ptr,
             mask_ptr + image * P,
             gram_ptr,
-            tile_ptr,
+            exponentials_ptr,
             word,
             is_word,
-            local * images,
+            place,
             temp_attention,
             P,
             D,
@@ -474,7 +489,6 @@ def _local_alignment_loss_gradient_kernel(
         d_square = d_divisor * word_norm / tl.maximum(norm, _TINY)
         inner = d_dot * dot + d_square * norm * norm
         d_mixed = d_square * inverse
-        weight = d_mixed * inverse * (square_scale / scale)
 
         for patch in range(0, P, BLOCK_C):
             similarity = similarities(
@@ -490,19 +504,17 @@ def _local_alignment_loss_gradient_kernel(
                 PRECISION,
             )
             mixed = _mixed(
-                tile_ptr, gram_ptr, local * images, patch, P, BLOCK_R, BLOCK_C, BLOCK_D, PRECISION
+                exponentials_ptr, gram_ptr, place, patch, P, BLOCK_R, BLOCK_C, BLOCK_D, PRECISION
             )
             similarity_parts = side_by_side(similarity, BLOCK_R, BLOCK_C, PARTS)
             mixed_parts = side_by_side(mixed, BLOCK_R, BLOCK_C, PARTS)
             for k in tl.static_range(PARTS):
                 offs_p = patch + k * WIDTH + tl.arange(0, WIDTH)
-                offs = (local * images + image) * P
+                offs = (place * P)[:, None] + offs_p[None, :]
                 mask = is_word[:, None] & (offs_p < P)[None, :]
-                ptrs = (exponentials_ptr + offs)[:, None] + offs_p[None, :]
-                exponentials = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-                ptrs = (weighted_ptr + offs)[:, None] + offs_p[None, :]
-                _store_clamped(ptrs, exponentials * weight[:, None], mask)
-                attention = exponentials * inverse[:, None]
+                exponentials = tl.load(exponentials_ptr + offs, mask=mask, other=0.0)
+                attention = exponentials.to(tl.float32) * inverse[:, None]
+                _store_clamped(weighted_ptr + offs, attention * (d_mixed * ratio)[:, None], mask)
                 share = over_words(similarity_parts[k], is_word, SLOT, BLOCK_R, WIDTH)
                 d_attention = similarity_parts[k] * d_dot[:, None] - inner[:, None]
                 d_attention += mixed_parts[k] * d_mixed[:, None]
@@ -514,8 +526,7 @@ def _local_alignment_loss_gradient_kernel(
                 d_sum = tl.broadcast_to(d_sum[:, None, :], (SLOTS, SLOT, WIDTH))
                 d_sum = tl.reshape(d_sum, (BLOCK_R, WIDTH))
                 gradient = attention * d_dot[:, None] + d_shares - share * d_sum
-                ptrs = (d_similarity_ptr + offs)[:, None] + offs_p[None, :]
-                _store_clamped(ptrs, gradient, mask)
+                _store_clamped(d_similarity_ptr + offs, gradient, mask)
         # The chunk is not overwritten before the kernel ends, so no barrier.
     tl.store(sums_ptr + 2 * tl.program_id(0) + tl.arange(0, 1), d_temp_attention)
     tl.store(sums_ptr + 2 * tl.program_id(0) + 1, d_temp_words)
@@ -571,7 +582,7 @@ def _contexts(
         exponentials = tl.where(counts[None, :], exponentials, 0.0)
         # Rounded for all sums alike: a cosine of what is rounded is at most 1.
         exponentials = exponentials.to(exponentials_ptr.dtype.element_ty)
-        ptrs = exponentials_ptr + (row.to(tl.int64) * P)[:, None] + (patch + offs_c)[None, :]
+        ptrs = exponentials_ptr + (row * P)[:, None] + (patch + offs_c)[None, :]
         tl.store(ptrs, exponentials, mask=is_word[:, None] & (offs_c < P - patch)[None, :])
         exponentials = exponentials.to(tl.float32)
         total += tl.sum(exponentials, 1)
@@ -583,7 +594,7 @@ def _contexts(
         mixed = _mixed(
             exponentials_ptr, gram_ptr, row, patch, P, BLOCK_R, BLOCK_C, BLOCK_D, PRECISION
         )
-        ptrs = exponentials_ptr + (row.to(tl.int64) * P)[:, None] + (patch + offs_c)[None, :]
+        ptrs = exponentials_ptr + (row * P)[:, None] + (patch + offs_c)[None, :]
         exponentials = tl.load(ptrs, mask=(offs_c < P - patch)[None, :], other=0.0)
         square += tl.sum(mixed * exponentials.to(tl.float32), 1)
     return total, dot, tl.maximum(square, 0.0)
@@ -606,7 +617,7 @@ def _mixed(
     return similarities(
         exponentials_ptr,
         gram_ptr,
-        row.to(tl.int64),
+        row,
         patch,
         P,
         P,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from medfast.ops import tiles
 from medfast.ops.sparc import reference
-from medfast.ops.triton_tiles import log1p, on_device, operand, precision_of
+from medfast.ops.triton_tiles import architecture_of, log1p, on_device, operand, precision_of
 from medfast.ops.workspace import workspace_bytes
 
 CONSTANT = tl.constexpr(reference.CONSTANT)
@@ -57,18 +57,24 @@ class Blocks:
 # Few words, since captions are short, and few threads: three programs fit on a multiprocessor, and
 # while one waits for memory another works.
 _BLOCKS = {
-    "half": Blocks(32, 64, 32, warps=4, stages=3),
-    "tf32": Blocks(32, 32, 32, warps=4, stages=3),
+    ("half", 80): Blocks(32, 32, 32, warps=4, stages=2),
+    ("half", 90): Blocks(32, 64, 32, warps=4, stages=3),
+    ("half", 100): Blocks(32, 64, 32, warps=4, stages=3),
+    ("tf32", 80): Blocks(32, 32, 32, warps=4, stages=3),
+    ("tf32", 90): Blocks(32, 32, 32, warps=4, stages=3),
+    ("tf32", 100): Blocks(32, 32, 32, warps=4, stages=3),
     # Multiplied without tensor cores.
-    "ieee": Blocks(32, 32, 32, warps=4, stages=2),
+    ("ieee", 80): Blocks(32, 32, 16, warps=4, stages=2),
+    ("ieee", 90): Blocks(32, 32, 16, warps=4, stages=2),
+    ("ieee", 100): Blocks(32, 32, 16, warps=4, stages=1),
 }
 # Small, so that small inputs have several blocks.
 _INTERPRETED = Blocks(16, 16, 16, warps=4, stages=1)
 
 
-def blocks_of(precision: str) -> Blocks:
-    """Return the blocks for a precision: "half", "tf32" or "ieee"."""
-    return _BLOCKS[precision]
+def blocks_of(precision: str, architecture: int) -> Blocks:
+    """Return the blocks for a precision ("half", "tf32" or "ieee") on an architecture."""
+    return _BLOCKS[precision, architecture]
 
 
 def constants(blocks: Blocks, precision: str) -> dict[str, Any]:
@@ -123,7 +129,7 @@ def forward(
     if needs_grad:
         d_patches, d_tokens = torch.empty_like(v, dtype=dtype), torch.empty_like(w, dtype=dtype)
     precision = precision_of(v)
-    blocks = blocks_of(precision) if v.is_cuda else _INTERPRETED
+    blocks = blocks_of(precision, architecture_of(v.device)) if v.is_cuda else _INTERPRETED
     of_forward = _forward_memory(T, P, width, blocks.words, v.dtype)
     kinds = of_forward | (_gradient_memory(T, P, width, v.dtype) if needs_grad else {})
     bytes_per_pair = sum(math.prod(shape) * kind.itemsize for shape, kind in kinds.values())
