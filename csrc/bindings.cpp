@@ -192,34 +192,50 @@ PYBIND11_MODULE(_C, m) {
       "local_alignment_attend",
       [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches,
          uintptr_t similarity, uintptr_t patch_mask, float temperature, uintptr_t attention,
-         bool is_bf16) {
+         uintptr_t dots, bool is_bf16) {
         const auto pass = [&](auto* out) {
           medfast::local_alignment_attend(token_tile(starts, captions, images, patches),
                                           at<float>(similarity), at<float>(patch_mask),
-                                          temperature, out);
+                                          temperature, out, at<float>(dots));
         };
         is_bf16 ? pass(at<medfast::bf16>(attention)) : pass(at<float>(attention));
       },
       py::arg("starts"), py::arg("captions"), py::arg("images"), py::arg("patches"),
       py::arg("similarity"), py::arg("patch_mask"), py::arg("temperature"), py::arg("attention"),
-      py::arg("is_bf16"), no_gil);
+      py::arg("dots"), py::arg("is_bf16"), no_gil);
   m.def(
-      "local_alignment_scores",
-      [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches,
-         uintptr_t similarity, uintptr_t attention, uintptr_t mixed, float unit,
-         uintptr_t norms, float temperature, float min_norm, uintptr_t scores, bool is_bf16) {
-        const auto pass = [&](auto* weights) {
-          medfast::local_alignment_scores(token_tile(starts, captions, images, patches),
-                                          at<float>(similarity), weights,
-                                          mixed_with(weights, mixed, unit), at<float>(norms),
-                                          temperature, min_norm, at<float>(scores));
-        };
-        is_bf16 ? pass(at<medfast::bf16>(attention)) : pass(at<float>(attention));
+      "local_alignment_mix",
+      [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches, uintptr_t attention,
+         uintptr_t grams, float unit, uintptr_t mixed, uintptr_t squares) {
+        medfast::local_alignment_mix(token_tile(starts, captions, images, patches),
+                                     at<medfast::bf16>(attention), at<medfast::bf16>(grams), unit,
+                                     at<medfast::fp16>(mixed), at<float>(squares));
       },
       py::arg("starts"), py::arg("captions"), py::arg("images"), py::arg("patches"),
-      py::arg("similarity"), py::arg("attention"), py::arg("mixed"), py::arg("unit"),
-      py::arg("norms"), py::arg("temperature"), py::arg("min_norm"), py::arg("scores"),
-      py::arg("is_bf16"), no_gil);
+      py::arg("attention"), py::arg("grams"), py::arg("unit"), py::arg("mixed"),
+      py::arg("squares"), no_gil);
+  m.def(
+      "local_alignment_squares",
+      [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches, uintptr_t attention,
+         uintptr_t mixed, uintptr_t squares) {
+        medfast::local_alignment_squares(token_tile(starts, captions, images, patches),
+                                         at<float>(attention), at<float>(mixed),
+                                         at<float>(squares));
+      },
+      py::arg("starts"), py::arg("captions"), py::arg("images"), py::arg("patches"),
+      py::arg("attention"), py::arg("mixed"), py::arg("squares"), no_gil);
+  m.def(
+      "local_alignment_scores",
+      [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches, uintptr_t dots,
+         uintptr_t squares, uintptr_t norms, float temperature, float min_norm,
+         uintptr_t scores) {
+        medfast::local_alignment_scores(token_tile(starts, captions, images, patches),
+                                        at<float>(dots), at<float>(squares), at<float>(norms),
+                                        temperature, min_norm, at<float>(scores));
+      },
+      py::arg("starts"), py::arg("captions"), py::arg("images"), py::arg("patches"),
+      py::arg("dots"), py::arg("squares"), py::arg("norms"), py::arg("temperature"),
+      py::arg("min_norm"), py::arg("scores"), no_gil);
   m.def(
       "local_alignment_gradient",
       [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches,

@@ -106,22 +106,40 @@ def local_alignment_attend(
     patch_mask: int,
     temperature: float,
     attention: int,
+    dots: int,
     is_bf16: bool,
+) -> None: ...
+def local_alignment_mix(
+    starts: int,
+    captions: int,
+    images: int,
+    patches: int,
+    attention: int,
+    grams: int,
+    unit: float,
+    mixed: int,
+    squares: int,
+) -> None: ...
+def local_alignment_squares(
+    starts: int,
+    captions: int,
+    images: int,
+    patches: int,
+    attention: int,
+    mixed: int,
+    squares: int,
 ) -> None: ...
 def local_alignment_scores(
     starts: int,
     captions: int,
     images: int,
     patches: int,
-    similarity: int,
-    attention: int,
-    mixed: int,
-    unit: float,
+    dots: int,
+    squares: int,
     norms: int,
     temperature: float,
     min_norm: float,
     scores: int,
-    is_bf16: bool,
 ) -> None: ...
 def local_alignment_gradient(
     starts: int,

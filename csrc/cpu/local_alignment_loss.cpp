@@ -8,6 +8,8 @@
 #include <vector>
 
 #include "exponential.h"
+#include "panels.h"
+#include "threads.h"
 
 namespace medfast {
 namespace {
@@ -21,6 +23,9 @@ constexpr float kHeadroom = 60.0f;
 constexpr int64_t kLanes = 16;
 
 MEDFAST_KERNEL int64_t padded(int64_t patches) { return (patches + kLanes - 1) / kLanes * kLanes; }
+
+// Rows of a product that a thread takes at a time.
+constexpr int64_t kMixedRows = 256;
 
 // The kernels below are about one caption of n words: row t * images + j is that of word t and
 // image j.
@@ -127,12 +132,54 @@ MEDFAST_KERNEL const float* softmax_of_row(int64_t i, Rows rows, float temperatu
   return read_row(attention + i * rows.patches, 1.0f, rows.patches, row);
 }
 
+MEDFAST_KERNEL float dot(const float* x, const float* y, int64_t count) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += x[i] * y[i];
+  return sum;
+}
+
 template <class Operand>
 MEDFAST_KERNEL void attend_caption(const float* similarity, Rows rows, float temperature,
-                                   Operand* attention, Scratch scratch) {
+                                   Operand* attention, float* dots, Scratch scratch) {
   softmax_over_words(similarity, rows, scratch);
-  for (int64_t i = 0; i < rows.n * rows.images; ++i)
-    softmax_of_row(i, rows, temperature, attention, scratch);
+  for (int64_t i = 0; i < rows.n * rows.images; ++i) {
+    const float* a = softmax_of_row(i, rows, temperature, attention, scratch);
+    dots[i] = dot(a, similarity + i * rows.patches, rows.patches);
+  }
+}
+
+// One row of a panel of a product. Returns what it adds to a square.
+MEDFAST_KERNEL float mix_row(const float* product, int64_t columns, float unit,
+                             const bf16* attention, fp16* mixed) {
+  alignas(64) float a[kPanel];
+  alignas(64) float m[kPanel];
+  store_all(product, 1.0f / unit, columns, mixed);
+  load_all(attention, 1.0f, columns, a);
+  load_all(mixed, unit, columns, m);
+  return dot(a, m, columns);
+}
+
+MEDFAST_KERNEL void mix_panel(const float* product, int64_t rows, int64_t columns, float unit,
+                              const bf16* attention, fp16* mixed, int64_t stride, bool is_first,
+                              float* squares, int64_t next_square) {
+  for (int64_t i = 0; i < rows; ++i) {
+    // Of nearly all panels the compiler knows the width.
+    const float added = columns == kPanel
+                            ? mix_row(product, kPanel, unit, attention, mixed)
+                            : mix_row(product, columns, unit, attention, mixed);
+    *squares = is_first ? added : *squares + added;
+    product += kPanel;
+    attention += stride;
+    mixed += stride;
+    squares += next_square;
+  }
+}
+
+MEDFAST_KERNEL void squares_of_rows(const float* attention, const float* mixed, int64_t rows,
+                                    int64_t patches, float* squares) {
+  for (int64_t i = 0; i < rows; ++i)
+    squares[i] = dot(attention + i * patches, mixed + i * patches, patches);
 }
 
 struct Cosine {
@@ -140,43 +187,27 @@ struct Cosine {
   float context_norm;
 };
 
-MEDFAST_KERNEL Cosine cosine(const float* similarity, const float* attention, const float* mixed,
-                             int64_t width, float word_norm, float min_norm) {
-  float dot = 0;
-  float square = 0;
-#pragma omp simd reduction(+ : dot, square)
-  for (int64_t p = 0; p < width; ++p) {
-    dot += attention[p] * similarity[p];
-    square += attention[p] * mixed[p];
-  }
+MEDFAST_KERNEL Cosine cosine(float dot, float square, float word_norm, float min_norm) {
   // NaN stays NaN.
   const float norm = square < 0.0f ? 0.0f : std::sqrt(square);
   const float divisor = word_norm * norm;
   return {dot / (divisor < min_norm ? min_norm : divisor), norm};
 }
 
-template <class Operand>
-MEDFAST_KERNEL void score_caption(const float* similarity, const Operand* attention,
-                                  Mixed<Operand> mixed, const float* norms, Rows rows,
-                                  float temperature, float min_norm, float* scores,
-                                  Scratch scratch) {
-  const int64_t width = padded(rows.patches);
-  float* logits = scratch.of_words;
-  std::fill(scores, scores + rows.images, -INFINITY);
-  for (int64_t t = 0; t < rows.n; ++t)
-    for (int64_t j = 0; j < rows.images; ++j) {
-      const int64_t i = t * rows.images + j;
-      const int64_t at = i * rows.patches;
-      const float* s = read_row(similarity + at, 1.0f, rows.patches, scratch.similarity);
-      const float* m = read_row(mixed.data + at, mixed.unit, rows.patches, scratch.mixed);
-      const float* a = read_row(attention + at, 1.0f, rows.patches, scratch.attention);
-      logits[i] = temperature * cosine(s, a, m, width, norms[t], min_norm).value;
-      scores[j] = logits[i] > scores[j] ? logits[i] : scores[j];
+// From the dots, which become logits.
+MEDFAST_KERNEL void score_caption(float* dots, const float* squares, const float* norms,
+                                  int64_t words, int64_t images, float temperature, float min_norm,
+                                  float* scores) {
+  std::fill(scores, scores + images, -INFINITY);
+  for (int64_t t = 0; t < words; ++t)
+    for (int64_t j = 0; j < images; ++j) {
+      const int64_t i = t * images + j;
+      dots[i] = temperature * cosine(dots[i], squares[i], norms[t], min_norm).value;
+      scores[j] = dots[i] > scores[j] ? dots[i] : scores[j];
     }
-  for (int64_t j = 0; j < rows.images; ++j) {
+  for (int64_t j = 0; j < images; ++j) {
     float sum = 0;
-    for (int64_t t = 0; t < rows.n; ++t)
-      sum += exponential(logits[t * rows.images + j] - scores[j]);
+    for (int64_t t = 0; t < words; ++t) sum += exponential(dots[t * images + j] - scores[j]);
     scores[j] += std::log(sum);
   }
 }
@@ -202,7 +233,7 @@ MEDFAST_KERNEL void gradient_caption(const float* similarity, Mixed<Operand> mix
     const float* a = softmax_of_row(i, rows, temp_attention, attention, scratch);
     const float* s = read_row(similarity + at, 1.0f, rows.patches, scratch.similarity);
     const float* m = read_row(mixed.data + at, mixed.unit, rows.patches, scratch.mixed);
-    const Cosine found = cosine(s, a, m, width, norms[t], min_norm);
+    const Cosine found = cosine(dot(a, s, width), dot(a, m, width), norms[t], min_norm);
     // A word takes the share of its caption's gradient that it has in the log-sum-exp.
     const float share = d_scores[j] * exponential(temp_words * found.value - scores[j]);
     const float divisor = norms[t] * found.context_norm;
@@ -281,24 +312,50 @@ void for_each_caption(const TokenTile& tile, const float* patch_mask, const Pass
 
 template <class Operand>
 void local_alignment_attend(const TokenTile& tile, const float* similarity,
-                            const float* patch_mask, float temperature, Operand* attention) {
+                            const float* patch_mask, float temperature, Operand* attention,
+                            float* dots) {
   for_each_caption(tile, patch_mask, [&](int64_t c, Rows rows, Scratch scratch) {
     const int64_t at = tile.starts[c] * tile.columns();
-    run<attend_caption<Operand>>(similarity + at, rows, temperature, attention + at, scratch);
+    run<attend_caption<Operand>>(similarity + at, rows, temperature, attention + at,
+                                 dots + tile.starts[c] * tile.images, scratch);
   });
 }
 
-template <class Operand>
-void local_alignment_scores(const TokenTile& tile, const float* similarity,
-                            const Operand* attention, Mixed<Operand> mixed, const float* norms,
-                            float temperature, float min_norm, float* scores) {
-  for_each_caption(tile, nullptr, [&](int64_t c, Rows rows, Scratch scratch) {
-    const int64_t at = tile.starts[c] * tile.columns();
-    run<score_caption<Operand>>(similarity + at, attention + at,
-                                Mixed<Operand>{mixed.data + at, mixed.unit},
-                                norms + tile.starts[c], rows, temperature, min_norm,
-                                scores + c * tile.images, scratch);
-  });
+void local_alignment_mix(const TokenTile& tile, const bf16* attention, const bf16* grams,
+                         float unit, fp16* mixed, float* squares) {
+  const int64_t words = tile.starts[tile.captions];
+  const int64_t patches = tile.patches;
+  const Matrix<bf16> a{attention, tile.columns(), 1, patches};
+  const Matrix<bf16> b{grams, patches, 1, patches * patches};
+  for_each_product(
+      tile.images, words, patches, patches, a, b, {kMixedRows, patches},
+      [&](const float* product, int64_t image, int64_t i, int64_t p, int64_t height,
+          int64_t width, bool) {
+        const int64_t at = i * tile.columns() + image * patches + p;
+        run<mix_panel>(product, height, width, unit, attention + at, mixed + at, tile.columns(),
+                       p == 0, squares + i * tile.images + image, tile.images);
+      });
+}
+
+void local_alignment_squares(const TokenTile& tile, const float* attention, const float* mixed,
+                             float* squares) {
+  const int64_t rows = tile.starts[tile.captions] * tile.images;
+  const int64_t blocks = ceil_div(rows, kMixedRows);
+#pragma omp parallel for schedule(static)
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t first = block * kMixedRows;
+    run<squares_of_rows>(attention + first * tile.patches, mixed + first * tile.patches,
+                         std::min(kMixedRows, rows - first), tile.patches, squares + first);
+  }
+}
+
+void local_alignment_scores(const TokenTile& tile, float* dots, const float* squares,
+                            const float* norms, float temperature, float min_norm, float* scores) {
+  for (int64_t c = 0; c < tile.captions; ++c) {
+    const int64_t at = tile.starts[c] * tile.images;
+    run<score_caption>(dots + at, squares + at, norms + tile.starts[c], tile.words(c), tile.images,
+                       temperature, min_norm, scores + c * tile.images);
+  }
 }
 
 template <class Operand>
@@ -327,9 +384,7 @@ TemperatureGradients local_alignment_gradient(
 
 #define MEDFAST_INSTANTIATE(Operand)                                                             \
   template void local_alignment_attend(const TokenTile&, const float*, const float*, float,      \
-                                       Operand*);                                                \
-  template void local_alignment_scores(const TokenTile&, const float*, const Operand*,           \
-                                       Mixed<Operand>, const float*, float, float, float*);      \
+                                       Operand*, float*);                                        \
   template TemperatureGradients local_alignment_gradient(                                        \
       const TokenTile&, const float*, const float*, Mixed<Operand>, const float*, const float*,  \
       const float*, float, float, float, Operand*, Operand*, Operand*, float*);

@@ -25,10 +25,11 @@ void product(int64_t count, int64_t rows, int64_t columns, int64_t depth, Matrix
   const int64_t shares = ceil_div(kTasksPerThread * threads(), count);
   const int64_t block_rows =
       std::min(kMostRows, kPanel * ceil_div(rows, kPanel * std::max<int64_t>(shares, 1)));
-  // Of about equal depth; but no sum is rounded to 16 bits before it is complete.
+  // Of about equal depth, in whole steps; but no sum is rounded to 16 bits before it is complete.
   const bool is_summed_there = std::is_same_v<Out, float>;
+  const int64_t steps = ceil_div(depth, kStepDepth);
   const int64_t block_depth =
-      is_summed_there ? ceil_div(depth, ceil_div(depth, kPanelDepth)) : depth;
+      is_summed_there ? kStepDepth * ceil_div(steps, ceil_div(depth, kPanelDepth)) : depth;
   // So much of b is packed at a time.
   for (int64_t left = 0; left < columns; left += kMostColumns) {
     const Matrix<T> band{b.data + left * b.column_stride, b.row_stride, b.column_stride, b.next};

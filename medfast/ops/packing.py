@@ -16,7 +16,7 @@ from torch import Tensor
 
 from medfast.ops import tiles
 from medfast.ops.matmul import matmul_into
-from medfast.ops.workspace import workspace_bytes
+from medfast.ops.workspace import lend, workspace_bytes
 
 # On a CPU, tiles that stay in cache and yet give efficient products: entries of all that are held
 # at once, and columns.
@@ -132,7 +132,14 @@ class Plan:
     def buffer(self, dtype: torch.dtype) -> Buffer:
         """Return memory for one tile at a time."""
         size = self.tile[0] * self.tile[1] * self.tile[2]
-        return Buffer(self.patches.new_empty(size, dtype=dtype))
+        return Buffer(lend(size, self.patches, dtype))
+
+    def gradients(self) -> list[Tensor]:
+        """Return memory for the sums of each group's gradient, [N, D], that `unpack` will take."""
+        features = [words.features for words in self.groups]
+        if self.groups[0].is_whole:  # it will be the result
+            return [torch.empty_like(features[0], dtype=self.dtype)]
+        return [lend(x.numel(), x, self.dtype).view_as(x) for x in features]
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 _VARIABLE = "MEDFAST_WORKSPACE_MB"
 _DEFAULT_MB = "256"
-# Memory that waits for the next loan, unless that needs less than the inverse of this.
-_idle: list[Tensor] = []
+# Memory that waits for a loan, by address, what has waited longest first. A loan that needs less
+# than the inverse of this does not get it.
+_idle: dict[int, Tensor] = {}
 _MOST_SPARE = 2
 
 
@@ -42,19 +43,20 @@ def workspace_bytes() -> int:
 def lend(count: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """Return memory for `count` entries on the device of `like`, not initialised.
 
-    On a CPU what is given back, when the last reference to the tensor goes, is lent again: of
-    tensors this large the allocator asks the system anew each time, and the page faults of the
-    first write cost as much as a good part of the products that go there. One piece at most stays,
-    no larger than the workspace.
+    On a CPU what is given back, when the last reference to the tensor goes, is lent again: for
+    tensors of megabytes the allocator may ask the system anew each time, and the page faults of the
+    first write cost as much as a good part of the products that go there. What stays is no more
+    than the workspace.
     """
     size = count * dtype.itemsize
     if like.device.type != "cpu" or not 0 < size <= workspace_bytes():
         return like.new_empty(count, dtype=dtype)
-    try:
-        memory = _idle.pop()
-    except IndexError:
-        memory = None
-    if memory is None or not size <= len(memory) <= _MOST_SPARE * size:
+    sizes = {place: len(memory) for place, memory in list(_idle.items())}
+    suitable = [place for place in sizes if size <= sizes[place] <= _MOST_SPARE * size]
+    # Another thread may take it first.
+    memory = _idle.pop(min(suitable, key=sizes.__getitem__), None) if suitable else None
+    if memory is None:
+        _let_go(workspace_bytes() - size)
         memory = torch.empty(size, dtype=torch.uint8)
     loan = (ctypes.c_char * size).from_address(memory.data_ptr())
     weakref.finalize(loan, _give_back, memory).atexit = False
@@ -62,5 +64,16 @@ def lend(count: int, like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _give_back(memory: Tensor) -> None:
-    if not _idle:
-        _idle.append(memory)
+    _idle[memory.data_ptr()] = memory
+    _let_go(workspace_bytes())
+
+
+def _let_go(most: int) -> None:
+    """Leave no more than so many bytes idle."""
+    waiting = list(_idle.items())
+    excess = sum(len(memory) for _, memory in waiting) - most
+    for place, memory in waiting:
+        if excess <= 0:
+            return
+        _idle.pop(place, None)
+        excess -= len(memory)

@@ -12,7 +12,7 @@ LIKE = torch.empty(0)
 
 @pytest.fixture(autouse=True)
 def nothing_idle(monkeypatch):
-    monkeypatch.setattr(workspace, "_idle", [])
+    monkeypatch.setattr(workspace, "_idle", {})
 
 
 def test_memory_is_lent_again_when_the_last_reference_goes():
@@ -35,15 +35,32 @@ def test_two_loans_never_share_memory():
     assert [loan.unique().tolist() for loan in loans] == [[0], [2], [3], [4]]
 
 
-def test_a_piece_that_does_not_suit_is_let_go():
-    del_place = lend(1000, LIKE, torch.float32).data_ptr()
-    assert len(workspace._idle) == 1
-    small = lend(10, LIKE, torch.float32)
-    assert small.data_ptr() != del_place
-    assert workspace._idle == []
-    assert lend(2000, LIKE, torch.float32).numel() == 2000
-    del small
-    assert len(workspace._idle) == 1  # one at most
+def test_loans_of_several_sizes_find_their_memory_again():
+    sizes = [1000, 3000, 5000]
+    loans = [lend(size, LIKE, torch.float32) for size in sizes]
+    places = [loan.data_ptr() for loan in loans]
+    del loans
+    again = [lend(size, LIKE, torch.float32) for size in reversed(sizes)]
+    assert [loan.data_ptr() for loan in reversed(again)] == places
+    del again
+    # The smallest that suits, and none that is much too large.
+    assert lend(2000, LIKE, torch.float32).data_ptr() == places[1]
+    assert lend(400, LIKE, torch.float32).data_ptr() not in places
+
+
+def test_what_waits_is_no_more_than_the_workspace(monkeypatch):
+    monkeypatch.setenv("MEDFAST_WORKSPACE_MB", str(10_000 / 2**20))
+    loans = [lend(1000, LIKE, torch.float32) for _ in range(3)]
+    places = [loan.data_ptr() for loan in loans]
+    while loans:
+        del loans[0]
+    assert list(workspace._idle) == places[1:]  # two of 4,000 bytes, the last ones
+    # Memory that is new counts: what has waited longest goes.
+    other = lend(400, LIKE, torch.float32)
+    assert list(workspace._idle) == places[1:]
+    larger = lend(2200, LIKE, torch.float32)
+    assert workspace._idle == {}
+    assert larger.data_ptr() != other.data_ptr()
 
 
 def test_no_memory_for_nothing():

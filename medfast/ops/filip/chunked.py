@@ -114,7 +114,7 @@ def backward(
     """Return the gradients of patches and tokens in the dtype of sums, None where not needed."""
     plan = packing.plan(OP, patches, tokens, token_mask, patch_mask, LIVE, Passes.block)
     d_patches = torch.empty_like(patches, dtype=plan.dtype, memory_format=torch.contiguous_format)
-    d_groups = [torch.empty_like(words.features, dtype=plan.dtype) for words in plan.groups]
+    d_groups = plan.gradients()
     buffer = plan.buffer(plan.operand)
     d_words = d_text_to_image / token_mask.sum(1, keepdim=True)
     for images in plan.images():

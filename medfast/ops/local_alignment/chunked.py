@@ -49,6 +49,9 @@ class Tile:
     over_words: Tensor
     attention: Tensor  # [N, g, P], as products take it
     mixed: Tensor  # [N, g, P], attention times Gram matrix, maybe in fp16
+    # [2, N, g], sums over the patches of the attention times the similarity and the mixed
+    # attention; only of passes that `sums`
+    sums: Tensor
 
 
 class Passes:
@@ -61,6 +64,8 @@ class Passes:
     # Whether the mixed attention is stored in fp16 where products take operands in bf16. Rounding
     # those costs eight times as much; the similarity goes through an exponential, and stays.
     halves_mixed = False
+    # Whether `attend` and `mix` write the sums.
+    sums = False
 
     def __init__(self, temp_attention: Tensor, temp_words: Tensor) -> None:
         self.temp_attention, self.temp_words = temp_attention, temp_words
@@ -76,6 +81,11 @@ class Passes:
             attention.masked_fill_(~tile.wave.images.mask, -torch.inf)
         tile.attention.copy_(torch.softmax(attention, -1, out=attention))
 
+    def mix(self, tile: Tile) -> None:
+        """Write the mixed attention."""
+        by_image = tile.mixed.transpose(0, 1), tile.attention.transpose(0, 1)
+        bmm_into(*by_image, tile.wave.grams, alpha=1 / tile.wave.unit)
+
     def scores(self, tile: Tile) -> Tensor:
         """Return Z [captions of the group, g]."""
         logits = self._cosines(tile)[0] * self.temp_words
@@ -84,7 +94,7 @@ class Passes:
 
     def gradient(
         self, tile: Tile, scores: Tensor, d_scores: Tensor, d_similarity: Tensor, weighted: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """Write the gradient of the similarity and the attention times that of |c|^2, twice.
 
         Args:
@@ -175,14 +185,16 @@ class _Walk:
             )
             similarity = of_similarity.view_as(similarity)
             mixed = of_mixed.view(mixed.dtype)[:size].view_as(mixed)
-        tile = Tile(words, wave, self.norms[k], similarity, over_words, attention, mixed)
+        sums = empty
+        if self._passes.sums:
+            sums = similarity.new_empty(2, *similarity.shape[:2])
+        tile = Tile(words, wave, self.norms[k], similarity, over_words, attention, mixed, sums)
         if not is_known:
             images.similarity(words, similarity)
         if not (is_known and self._passes.attends_again):
             self._passes.attend(tile)
         if not is_known:
-            by_image = mixed.transpose(0, 1), attention.transpose(0, 1)
-            bmm_into(*by_image, wave.grams, alpha=1 / wave.unit)
+            self._passes.mix(tile)
         return tile
 
 
@@ -256,7 +268,7 @@ def backward(
     walk = _Walk(plan, kept, is_known=True, passes=passes)
     d_similarity, weighted = plan.buffer(plan.operand), plan.buffer(plan.operand)
     d_patches = torch.empty_like(patches, memory_format=torch.contiguous_format)
-    d_groups = [torch.empty_like(words.features, dtype=plan.dtype) for words in plan.groups]
+    d_groups = plan.gradients()
     d_norms = [torch.zeros_like(norms) for norms in walk.norms]
     d_temps = [scores.new_zeros((), dtype=torch.float64) for _ in range(2)]
     for wave in walk.waves():
@@ -284,7 +296,8 @@ def backward(
     for words, norms, d_group, d_norm in zip(
         plan.groups, walk.norms, d_groups, d_norms, strict=True
     ):
-        d_group += words.features * (d_norm / norms.clamp_min(tiny))[:, None]
+        # In one pass: a product of two dtypes would be ten times as slow.
+        d_group.addcmul_(words.features, (d_norm / norms.clamp_min(tiny))[:, None])
     d_temp_attention, d_temp_words = (d_temp.to(plan.dtype) for d_temp in d_temps)
     return d_patches, packing.unpack(plan.groups, d_groups, tokens), d_temp_attention, d_temp_words
 

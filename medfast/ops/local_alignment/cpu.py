@@ -14,6 +14,7 @@ class CpuPasses(Passes):
     block = 1
     attends_again = True
     halves_mixed = True
+    sums = True
 
     def __init__(self, temp_attention: Tensor, temp_words: Tensor) -> None:
         super().__init__(temp_attention, temp_words)
@@ -27,31 +28,49 @@ class CpuPasses(Passes):
             mask.data_ptr(),
             self._attention,
             tile.attention.data_ptr(),
+            tile.sums[0].data_ptr(),
             _is_bf16(tile),
+        )
+
+    def mix(self, tile: Tile) -> None:
+        if _is_bf16(tile):
+            _C.local_alignment_mix(
+                *_shape(tile),
+                tile.attention.data_ptr(),
+                tile.wave.grams.data_ptr(),
+                tile.wave.unit,
+                tile.mixed.data_ptr(),
+                tile.sums[1].data_ptr(),
+            )
+            return
+        super().mix(tile)
+        _C.local_alignment_squares(
+            *_shape(tile),
+            tile.attention.data_ptr(),
+            tile.mixed.data_ptr(),
+            tile.sums[1].data_ptr(),
         )
 
     def scores(self, tile: Tile) -> Tensor:
         scores = tile.similarity.new_empty(len(tile.words.blocks), tile.similarity.shape[1])
+        dots, squares = tile.sums
         _C.local_alignment_scores(
             *_shape(tile),
-            tile.similarity.data_ptr(),
-            tile.attention.data_ptr(),
-            tile.mixed.data_ptr(),
-            tile.wave.unit,
+            dots.data_ptr(),
+            squares.data_ptr(),
             tile.norms.data_ptr(),
             self._words,
             MIN_NORM,
             scores.data_ptr(),
-            _is_bf16(tile),
         )
         return scores
 
     def gradient(
         self, tile: Tile, scores: Tensor, d_scores: Tensor, d_similarity: Tensor, weighted: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, float, float]:
         mask = _patch_mask(tile)
         d_norms = torch.zeros_like(tile.norms)
-        d_temps = _C.local_alignment_gradient(
+        d_attention, d_words = _C.local_alignment_gradient(
             *_shape(tile),
             tile.similarity.data_ptr(),
             mask.data_ptr(),
@@ -68,9 +87,6 @@ class CpuPasses(Passes):
             weighted.data_ptr(),
             d_norms.data_ptr(),
             _is_bf16(tile),
-        )
-        d_attention, d_words = (
-            scores.new_tensor(d_temp, dtype=torch.float64) for d_temp in d_temps
         )
         return d_norms, d_attention, d_words
 
