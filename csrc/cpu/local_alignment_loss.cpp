@@ -9,7 +9,6 @@
 
 #include "exponential.h"
 #include "panels.h"
-#include "threads.h"
 
 namespace medfast {
 namespace {
@@ -302,7 +301,7 @@ void for_each_caption(const TokenTile& tile, const float* patch_mask, const Pass
     for (int64_t j = 0; patch_mask != nullptr && j < tile.images; ++j)
       std::copy(patch_mask + j * tile.patches, patch_mask + (j + 1) * tile.patches,
                 scratch.mask + j * width);
-#pragma omp for schedule(static, 1)
+#pragma omp for schedule(dynamic)
     for (int64_t c = 0; c < tile.captions; ++c)
       pass(c, Rows{tile.words(c), tile.images, tile.patches}, scratch);
   }

@@ -93,8 +93,14 @@ class Passes:
         return torch.cat([block.of(logits).logsumexp(1) for block in tile.words.blocks])
 
     def gradient(
-        self, tile: Tile, scores: Tensor, d_scores: Tensor, d_similarity: Tensor, weighted: Tensor
-    ) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        self,
+        tile: Tile,
+        scores: Tensor,
+        d_scores: Tensor,
+        d_similarity: Tensor,
+        weighted: Tensor,
+        d_norms: Tensor,
+    ) -> tuple[Tensor | float, Tensor | float]:
         """Write the gradient of the similarity and the attention times that of |c|^2, twice.
 
         Args:
@@ -103,9 +109,10 @@ class Passes:
             d_scores: Likewise.
             d_similarity: Where the first goes, [N, g, P].
             weighted: Where the second goes, [N, g, P].
+            d_norms: To what the gradients of the words' norms are added, [N].
 
         Returns:
-            The gradients of the words' norms [N] and of the two temperatures [].
+            The gradients of the two temperatures.
         """
         tiny = torch.finfo(scores.dtype).tiny
         cosines, norms = self._cosines(tile)
@@ -135,7 +142,8 @@ class Passes:
             )
         d_similarity.copy_(d_words)
         weighted.copy_(attention * d_square[..., None])
-        return (d_divisor * norms).sum(1), d_temp_attention, d_temp_words
+        d_norms += (d_divisor * norms).sum(1)
+        return d_temp_attention, d_temp_words
 
     def _cosines(self, tile: Tile) -> tuple[Tensor, Tensor]:
         """Return the cosines of words and contexts and the contexts' norms, [N, g]."""
@@ -155,6 +163,7 @@ class _Walk:
         self._similarity, self._mixed = plan.buffer(plan.dtype), plan.buffer(mixed)
         self._over_words = None if passes.attends_again else plan.buffer(plan.dtype)
         self._attention = plan.buffer(plan.operand)
+        self._empty = self._attention.memory[:0]
 
     def waves(self) -> Iterator[Wave]:
         """Yield the waves of images."""
@@ -171,22 +180,22 @@ class _Walk:
     def tile(self, k: int, wave: Wave) -> Tile:
         """Return how the words of group k attend to the images."""
         words, images = self._plan.groups[k], wave.images
-        similarity, mixed = (x.of(words, images) for x in (self._similarity, self._mixed))
         attention = self._attention.of(words, images)
-        empty = similarity.new_empty(0)
-        over_words = empty if self._over_words is None else self._over_words.of(words, images)
-        is_known = False
-        size = similarity.numel()
-        sizes = size, _entries(size, mixed.dtype, similarity.dtype)
-        if sum(sizes) <= len(self._kept):
-            is_known = self._is_known
-            of_similarity, of_mixed, self._kept = self._kept.split(
-                [*sizes, len(self._kept) - sum(sizes)]
-            )
-            similarity = of_similarity.view_as(similarity)
-            mixed = of_mixed.view(mixed.dtype)[:size].view_as(mixed)
-        sums = empty
-        if self._passes.sums:
+        over_words = self._empty
+        if self._over_words is not None:
+            over_words = self._over_words.of(words, images)
+        size, dtype = attention.numel(), self._mixed.dtype
+        sizes = size, _entries(size, dtype, self._similarity.dtype)
+        is_kept = sum(sizes) <= len(self._kept)
+        is_known = is_kept and self._is_known
+        if is_kept:
+            similarity, mixed, self._kept = self._kept.split([*sizes, len(self._kept) - sum(sizes)])
+            similarity = similarity.view_as(attention)
+            mixed = mixed.view(dtype)[:size].view_as(attention)
+        else:
+            similarity, mixed = (x.of(words, images) for x in (self._similarity, self._mixed))
+        sums = self._empty
+        if self._passes.sums and not is_known:
             sums = similarity.new_empty(2, *similarity.shape[:2])
         tile = Tile(words, wave, self.norms[k], similarity, over_words, attention, mixed, sums)
         if not is_known:
@@ -270,7 +279,7 @@ def backward(
     d_patches = torch.empty_like(patches, memory_format=torch.contiguous_format)
     d_groups = plan.gradients()
     d_norms = [torch.zeros_like(norms) for norms in walk.norms]
-    d_temps = [scores.new_zeros((), dtype=torch.float64) for _ in range(2)]
+    d_temps: list[Tensor | float] = [0.0, 0.0]
     for wave in walk.waves():
         images = wave.images
         d_grams = torch.empty_like(wave.grams, dtype=plan.dtype)
@@ -282,10 +291,10 @@ def backward(
             where = words.captions, images.where
             tile = walk.tile(k, wave)
             d_tile, weights = d_similarity.of(words, images), weighted.of(words, images)
-            d_norm, *d_temp = passes.gradient(tile, scores[where], d_scores[where], d_tile, weights)
-            d_norms[k] += d_norm
-            for total, part in zip(d_temps, d_temp, strict=True):
-                total += part
+            d_temp = passes.gradient(
+                tile, scores[where], d_scores[where], d_tile, weights, d_norms[k]
+            )
+            d_temps = [total + part for total, part in zip(d_temps, d_temp, strict=True)]
             images.add_products(words, d_tile, d_groups[k], d_wave, is_first=k == 0)
             by_image = (weights.permute(1, 2, 0), tile.attention.transpose(0, 1))
             bmm_into(d_grams, *by_image, accumulate=k > 0)
@@ -298,7 +307,9 @@ def backward(
     ):
         # In one pass: a product of two dtypes would be ten times as slow.
         d_group.addcmul_(words.features, (d_norm / norms.clamp_min(tiny))[:, None])
-    d_temp_attention, d_temp_words = (d_temp.to(plan.dtype) for d_temp in d_temps)
+    d_temp_attention, d_temp_words = (
+        torch.as_tensor(d_temp, dtype=plan.dtype, device=scores.device) for d_temp in d_temps
+    )
     return d_patches, packing.unpack(plan.groups, d_groups, tokens), d_temp_attention, d_temp_words
 
 

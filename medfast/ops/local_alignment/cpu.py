@@ -66,11 +66,16 @@ class CpuPasses(Passes):
         return scores
 
     def gradient(
-        self, tile: Tile, scores: Tensor, d_scores: Tensor, d_similarity: Tensor, weighted: Tensor
-    ) -> tuple[Tensor, float, float]:
+        self,
+        tile: Tile,
+        scores: Tensor,
+        d_scores: Tensor,
+        d_similarity: Tensor,
+        weighted: Tensor,
+        d_norms: Tensor,
+    ) -> tuple[float, float]:
         mask = _patch_mask(tile)
-        d_norms = torch.zeros_like(tile.norms)
-        d_attention, d_words = _C.local_alignment_gradient(
+        return _C.local_alignment_gradient(
             *_shape(tile),
             tile.similarity.data_ptr(),
             mask.data_ptr(),
@@ -88,7 +93,6 @@ class CpuPasses(Passes):
             d_norms.data_ptr(),
             _is_bf16(tile),
         )
-        return d_norms, d_attention, d_words
 
 
 def _shape(tile: Tile) -> tuple[int, int, int, int]:
