@@ -48,31 +48,31 @@ def lend(count: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     first write cost as much as a good part of the products that go there. What stays is no more
     than the workspace.
     """
-    size = count * dtype.itemsize
-    if like.device.type != "cpu" or not 0 < size <= workspace_bytes():
+    size, most = count * dtype.itemsize, workspace_bytes()
+    if like.device.type != "cpu" or not 0 < size <= most:
         return like.new_empty(count, dtype=dtype)
-    sizes = {place: len(memory) for place, memory in list(_idle.items())}
+    sizes = {place: len(memory) for place, memory in _idle.copy().items()}
     suitable = [place for place in sizes if size <= sizes[place] <= _MOST_SPARE * size]
     # Another thread may take it first.
     memory = _idle.pop(min(suitable, key=sizes.__getitem__), None) if suitable else None
     if memory is None:
-        _let_go(workspace_bytes() - size)
+        _let_go(most - size)
         memory = torch.empty(size, dtype=torch.uint8)
     loan = (ctypes.c_char * size).from_address(memory.data_ptr())
-    weakref.finalize(loan, _give_back, memory).atexit = False
+    weakref.finalize(loan, _give_back, memory, most).atexit = False
     return torch.frombuffer(loan, dtype=dtype)
 
 
-def _give_back(memory: Tensor) -> None:
+def _give_back(memory: Tensor, most: int) -> None:
     _idle[memory.data_ptr()] = memory
-    _let_go(workspace_bytes())
+    _let_go(most)
 
 
 def _let_go(most: int) -> None:
     """Leave no more than so many bytes idle."""
-    waiting = list(_idle.items())
-    excess = sum(len(memory) for _, memory in waiting) - most
-    for place, memory in waiting:
+    waiting = _idle.copy()  # in one step: loans end at any time, in any thread
+    excess = sum(len(memory) for memory in waiting.values()) - most
+    for place, memory in waiting.items():
         if excess <= 0:
             return
         _idle.pop(place, None)
