@@ -23,9 +23,6 @@ constexpr int64_t kLanes = 16;
 
 MEDFAST_KERNEL int64_t padded(int64_t patches) { return (patches + kLanes - 1) / kLanes * kLanes; }
 
-// Rows of a product that a thread takes at a time.
-constexpr int64_t kMixedRows = 256;
-
 // The kernels below are about one caption of n words: row t * images + j is that of word t and
 // image j.
 struct Rows {
@@ -276,7 +273,7 @@ MEDFAST_KERNEL void gradient_caption(const float* similarity, Mixed<Operand> mix
 }
 
 // Calls pass(caption, rows, scratch) for all, by all threads, in turn, since captions are sorted by
-// length. A scratch has the mask where one is given.
+// length. A scratch has the mask.
 template <class Pass>
 void for_each_caption(const TokenTile& tile, const float* patch_mask, const Pass& pass) {
   const int64_t most = tile.longest() * tile.images;
@@ -298,7 +295,7 @@ void for_each_caption(const TokenTile& tile, const float* patch_mask, const Pass
                           row,
                           row + width,
                           row + 2 * width};
-    for (int64_t j = 0; patch_mask != nullptr && j < tile.images; ++j)
+    for (int64_t j = 0; j < tile.images; ++j)
       std::copy(patch_mask + j * tile.patches, patch_mask + (j + 1) * tile.patches,
                 scratch.mask + j * width);
 #pragma omp for schedule(dynamic)
@@ -327,7 +324,7 @@ void local_alignment_mix(const TokenTile& tile, const bf16* attention, const bf1
   const Matrix<bf16> a{attention, tile.columns(), 1, patches};
   const Matrix<bf16> b{grams, patches, 1, patches * patches};
   for_each_product(
-      tile.images, words, patches, patches, a, b, {kMixedRows, patches},
+      tile.images, words, patches, patches, a, b, {rows_of_block(tile.images, words), patches},
       [&](const float* product, int64_t image, int64_t i, int64_t p, int64_t height,
           int64_t width, bool) {
         const int64_t at = i * tile.columns() + image * patches + p;
@@ -339,12 +336,13 @@ void local_alignment_mix(const TokenTile& tile, const bf16* attention, const bf1
 void local_alignment_squares(const TokenTile& tile, const float* attention, const float* mixed,
                              float* squares) {
   const int64_t rows = tile.starts[tile.captions] * tile.images;
-  const int64_t blocks = ceil_div(rows, kMixedRows);
+  const int64_t block_rows = rows_of_block(1, rows);
+  const int64_t blocks = ceil_div(rows, block_rows);
 #pragma omp parallel for schedule(static)
   for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t first = block * kMixedRows;
+    const int64_t first = block * block_rows;
     run<squares_of_rows>(attention + first * tile.patches, mixed + first * tile.patches,
-                         std::min(kMixedRows, rows - first), tile.patches, squares + first);
+                         std::min(block_rows, rows - first), tile.patches, squares + first);
   }
 }
 

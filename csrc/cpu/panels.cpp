@@ -5,6 +5,7 @@
 
 #include "bits.h"
 #include "instruction_set.h"
+#include "threads.h"
 
 #if MEDFAST_X86
 #if defined(__GNUC__) && !defined(__clang__)
@@ -338,6 +339,13 @@ namespace {
 constexpr int64_t kMostThatStays = int64_t{1} << 24;
 thread_local Buffer of_b;
 }  // namespace
+
+int64_t rows_of_block(int64_t count, int64_t rows) {
+  constexpr int64_t kMostRows = 256;
+  constexpr int64_t kTasksPerThread = 4;
+  const int64_t shares = ceil_div(kTasksPerThread * threads(), count);
+  return std::min(kMostRows, kPanel * ceil_div(rows, kPanel * std::max<int64_t>(shares, 1)));
+}
 
 uint32_t* memory_of_a(int64_t size) {
   thread_local Buffer buffer;

@@ -106,6 +106,10 @@ struct Blocks {
   int64_t depth;
 };
 
+// Rows that stay in the second level of cache, few enough of each of `count` products that no thread
+// waits long for the others.
+int64_t rows_of_block(int64_t count, int64_t rows);
+
 // Calls use(product, which, i, j, height, width, is_first) for each [height, width] part, at
 // (i, j), of each of `count` products a @ b, a [rows, depth], b [depth, columns]. Rows of `product`
 // are kPanel apart; it may be overwritten. Where blocks are less deep, use is called for one after

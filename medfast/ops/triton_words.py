@@ -32,7 +32,6 @@ from medfast.ops.workspace import workspace_bytes
 SIZES = [
     "M",
     "N",
-    "P",
     "T",
     "K",
     "images",

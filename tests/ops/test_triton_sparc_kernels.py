@@ -10,6 +10,7 @@ from triton_harness import (
     Numerics,
     assert_fits,
     compile_kernel,
+    each_precision,
 )
 
 from medfast.ops.sparc import triton as sparc
@@ -73,16 +74,7 @@ def test_kernels_fit_without_a_mask_and_with_a_threshold(kernel, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(
-    ("dtype", "precision"),
-    [
-        (torch.bfloat16, "half"),
-        (torch.float16, "half"),
-        (torch.float32, "tf32"),
-        (torch.float32, "ieee"),
-    ],
-    ids=str,
-)
+@each_precision
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
 def test_all_that_a_launch_may_compile_fits(kernel, dtype, precision, architecture, tmp_path):
     for has_mask in (False, True):

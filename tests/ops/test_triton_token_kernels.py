@@ -10,6 +10,7 @@ from triton_harness import (
     Numerics,
     assert_fits,
     compile_kernel,
+    each_precision,
 )
 
 from medfast.ops import triton_words
@@ -126,16 +127,7 @@ def test_short_captions_fit(kernel, architecture, slot, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(
-    ("dtype", "precision"),
-    [
-        (torch.bfloat16, "half"),
-        (torch.float16, "half"),
-        (torch.float32, "tf32"),
-        (torch.float32, "ieee"),
-    ],
-    ids=str,
-)
+@each_precision
 def test_all_that_a_launch_may_compile_fits(dtype, precision, architecture, tmp_path):
     slots = [{"SLOT": slot} for slot in triton_words.slots_for(128)]
     flags = (False, True)

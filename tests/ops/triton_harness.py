@@ -23,14 +23,30 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+
+def _version(module):
+    return tuple(map(int, module.__version__.split(".")[:2]))
+
+
 ARCHITECTURES = [80, 90, 100]
+# The dtypes of features and how each may be multiplied.
+each_precision = pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [
+        (torch.bfloat16, "half"),
+        (torch.float16, "half"),
+        (torch.float32, "tf32"),
+        (torch.float32, "ieee"),
+    ],
+    ids=str,
+)
 # What a program may have of shared memory, and a multiprocessor has, in bytes; each program takes
 # 1 KiB more.
 SHARED = {80: (163 * 1024, 164 * 1024), 90: (227 * 1024, 228 * 1024), 100: (227 * 1024, 228 * 1024)}
 REGISTERS = 65536
 # What a thread may spill, in bytes. The compilers of older releases keep more of what does not
 # change from tile to tile in registers.
-SPILLED = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 128
+SPILLED = 0 if _version(triton) >= (3, 8) else 128
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -108,8 +124,7 @@ class Numerics:
     @staticmethod
     def check(run):
         """Wait for the process and show what failed."""
-        versions = [tuple(map(int, x.__version__.split(".")[:2])) for x in (triton, np)]
-        if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        if _version(triton) < (3, 7) and _version(np) >= (2, 4):
             pytest.skip("the interpreter of Triton 3.6 needs NumPy below 2.4")
         run.wait()
         run.stdout.seek(0)

@@ -54,6 +54,8 @@ _SHAPES = {
     ("ieee", 90): Shape(128, 32, 32, warps=4, stages=2, programs=2),
     ("ieee", 100): Shape(128, 32, 32, warps=4, stages=2, programs=2),
 }
+# Here P may be any number.
+_SIZES = [*SIZES, "P"]
 # Words and patches whose gradient a program writes at a time, and patches that it reduces.
 _WORDS, _PATCHES, _VECTOR = 32, 128, 512
 # What a patch of an image takes for each piece of a caption: a maximum and its place.
@@ -296,7 +298,7 @@ def _padded(width: int) -> int:
     return triton.cdiv(width, 16) * 16
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=_SIZES)
 def _filip_loss_maxima_kernel(
     words_ptr,
     patches_ptr,
@@ -401,7 +403,7 @@ def _filip_loss_maxima_kernel(
             tl.store(best_patch_ptr + offs, at, mask=is_word)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=_SIZES)
 def _filip_loss_pieces_kernel(
     word_sums_ptr,
     maxima_ptr,
@@ -450,7 +452,7 @@ def _filip_loss_pieces_kernel(
     tl.store(image_to_text_ptr + (first_image + image) * N + caption, tl.sum(sums, 0))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=_SIZES)
 def _filip_loss_gradient_kernel(
     of_patches_ptr,
     of_words_ptr,

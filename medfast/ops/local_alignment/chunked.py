@@ -112,7 +112,7 @@ class Passes:
             d_norms: To what the gradients of the words' norms are added, [N].
 
         Returns:
-            The gradients of the two temperatures.
+            The gradients of the two temperatures, in fp64.
         """
         tiny = torch.finfo(scores.dtype).tiny
         cosines, norms = self._cosines(tile)
@@ -143,7 +143,7 @@ class Passes:
         d_similarity.copy_(d_words)
         weighted.copy_(attention * d_square[..., None])
         d_norms += (d_divisor * norms).sum(1)
-        return d_temp_attention, d_temp_words
+        return d_temp_attention.double(), d_temp_words.double()
 
     def _cosines(self, tile: Tile) -> tuple[Tensor, Tensor]:
         """Return the cosines of words and contexts and the contexts' norms, [N, g]."""

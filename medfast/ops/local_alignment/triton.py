@@ -62,8 +62,6 @@ _BACKWARD_SHAPES = _SHAPES | {
     ("ieee", 80): Shape(128, 32, 32, warps=8, stages=3),
     ("ieee", 90): Shape(128, 32, 32, warps=8, stages=3),
 }
-# P is a multiple of 16 here: what a kernel knows to be one it loads by 16 bytes, and ahead.
-_SIZES = [name for name in SIZES if name != "P"]
 _MIN_NORM = tl.constexpr(MIN_NORM)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 # Up to this temperature exponentials of all attentions, which are between 0 and 1, fit a dtype, and
@@ -236,7 +234,10 @@ def backward(
 
 
 class _Batch:
-    """A batch as the kernels take it. P and D are padded to multiples of 16."""
+    """A batch as the kernels take it. P and D are padded to multiples of 16.
+
+    Kernels look at both: what they know to be such a multiple they load by 16 bytes, and ahead.
+    """
 
     def __init__(
         self,
@@ -316,7 +317,7 @@ def _with_room(shape: Shape, words: int) -> Shape:
     return shape
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def _local_alignment_loss_kernel(
     words_ptr,
     norms_ptr,
@@ -387,7 +388,7 @@ def _local_alignment_loss_kernel(
         tl.store(scores_ptr + caption * M + image, score, mask=mask_s)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def _local_alignment_loss_gradient_kernel(
     words_ptr,
     norms_ptr,
