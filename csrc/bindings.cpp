@@ -13,7 +13,6 @@
 #include "cpu/bf16.h"
 #include "cpu/clip_loss.h"
 #include "cpu/filip_loss.h"
-#include "cpu/fp16.h"
 #include "cpu/instruction_set.h"
 #include "cpu/local_alignment_loss.h"
 #include "cpu/product.h"
@@ -39,10 +38,8 @@ void with_index(int bytes, uintptr_t a, uintptr_t b, const Pass& pass) {
   pass(at<int32_t>(a), at<int32_t>(b));
 }
 
-// What goes with attention of this type.
-template <class Operand>
-medfast::Mixed<Operand> mixed_with(const Operand*, uintptr_t address, float unit) {
-  return {at<typename medfast::Mixed<Operand>::Stored>(address), unit};
+std::tuple<double, double> as_tuple(const medfast::TemperatureGradients& found) {
+  return {found.attention, found.words};
 }
 
 medfast::TokenTile token_tile(uintptr_t starts, int64_t captions, int64_t images,
@@ -77,7 +74,7 @@ PYBIND11_MODULE(_C, m) {
       [](int64_t count, int64_t rows, int64_t columns, int64_t depth, uintptr_t a,
          std::array<int64_t, 3> a_strides, uintptr_t b, std::array<int64_t, 3> b_strides,
          float alpha, bool accumulate, uintptr_t out, std::array<int64_t, 2> out_strides,
-         bool is_bf16, const std::string& out_dtype) {
+         bool is_bf16, bool rounds) {
         const auto of = [&](auto* x, auto* y, auto* to) {
           using T = std::remove_pointer_t<decltype(x)>;
           using Out = std::remove_pointer_t<decltype(to)>;
@@ -90,14 +87,13 @@ PYBIND11_MODULE(_C, m) {
         };
         using medfast::bf16;
         if (!is_bf16) return of(at<float>(a), at<float>(b), at<float>(out));
-        if (out_dtype == "bf16") return of(at<bf16>(a), at<bf16>(b), at<bf16>(out));
-        if (out_dtype == "fp16") return of(at<bf16>(a), at<bf16>(b), at<medfast::fp16>(out));
+        if (rounds) return of(at<bf16>(a), at<bf16>(b), at<bf16>(out));
         of(at<bf16>(a), at<bf16>(b), at<float>(out));
       },
       py::arg("count"), py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("a"),
       py::arg("a_strides"), py::arg("b"), py::arg("b_strides"), py::arg("alpha"),
       py::arg("accumulate"), py::arg("out"), py::arg("out_strides"), py::arg("is_bf16"),
-      py::arg("out_dtype"), no_gil);
+      py::arg("rounds"), no_gil);
   m.def(
       "largest_norm",
       [](uintptr_t features, int64_t rows, int64_t width) {
@@ -192,74 +188,80 @@ PYBIND11_MODULE(_C, m) {
       "local_alignment_attend",
       [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches,
          uintptr_t similarity, uintptr_t patch_mask, float temperature, uintptr_t attention,
-         uintptr_t dots, bool is_bf16) {
-        const auto pass = [&](auto* out) {
-          medfast::local_alignment_attend(token_tile(starts, captions, images, patches),
-                                          at<float>(similarity), at<float>(patch_mask),
-                                          temperature, out, at<float>(dots));
-        };
-        is_bf16 ? pass(at<medfast::bf16>(attention)) : pass(at<float>(attention));
+         uintptr_t dots) {
+        medfast::local_alignment_attend(token_tile(starts, captions, images, patches),
+                                        at<float>(similarity), at<float>(patch_mask), temperature,
+                                        at<float>(attention), at<float>(dots));
       },
       py::arg("starts"), py::arg("captions"), py::arg("images"), py::arg("patches"),
       py::arg("similarity"), py::arg("patch_mask"), py::arg("temperature"), py::arg("attention"),
-      py::arg("dots"), py::arg("is_bf16"), no_gil);
-  m.def(
-      "local_alignment_mix",
-      [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches, uintptr_t attention,
-         uintptr_t grams, float unit, uintptr_t mixed, uintptr_t squares) {
-        medfast::local_alignment_mix(token_tile(starts, captions, images, patches),
-                                     at<medfast::bf16>(attention), at<medfast::bf16>(grams), unit,
-                                     at<medfast::fp16>(mixed), at<float>(squares));
-      },
-      py::arg("starts"), py::arg("captions"), py::arg("images"), py::arg("patches"),
-      py::arg("attention"), py::arg("grams"), py::arg("unit"), py::arg("mixed"),
-      py::arg("squares"), no_gil);
-  m.def(
-      "local_alignment_squares",
-      [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches, uintptr_t attention,
-         uintptr_t mixed, uintptr_t squares) {
-        medfast::local_alignment_squares(token_tile(starts, captions, images, patches),
-                                         at<float>(attention), at<float>(mixed),
-                                         at<float>(squares));
-      },
-      py::arg("starts"), py::arg("captions"), py::arg("images"), py::arg("patches"),
-      py::arg("attention"), py::arg("mixed"), py::arg("squares"), no_gil);
+      py::arg("dots"), no_gil);
   m.def(
       "local_alignment_scores",
-      [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches, uintptr_t dots,
-         uintptr_t squares, uintptr_t norms, float temperature, float min_norm,
+      [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches, uintptr_t attention,
+         uintptr_t mixed, uintptr_t dots, uintptr_t norms, float temperature, float min_norm,
          uintptr_t scores) {
         medfast::local_alignment_scores(token_tile(starts, captions, images, patches),
-                                        at<float>(dots), at<float>(squares), at<float>(norms),
-                                        temperature, min_norm, at<float>(scores));
+                                        at<float>(attention), at<float>(mixed), at<float>(dots),
+                                        at<float>(norms), temperature, min_norm,
+                                        at<float>(scores));
       },
       py::arg("starts"), py::arg("captions"), py::arg("images"), py::arg("patches"),
-      py::arg("dots"), py::arg("squares"), py::arg("norms"), py::arg("temperature"),
-      py::arg("min_norm"), py::arg("scores"), no_gil);
+      py::arg("attention"), py::arg("mixed"), py::arg("dots"), py::arg("norms"),
+      py::arg("temperature"), py::arg("min_norm"), py::arg("scores"), no_gil);
   m.def(
       "local_alignment_gradient",
       [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches,
-         uintptr_t similarity, uintptr_t patch_mask, uintptr_t mixed, float unit,
-         uintptr_t norms, uintptr_t scores, uintptr_t d_scores, float temp_attention,
-         float temp_words, float min_norm, uintptr_t attention, uintptr_t d_similarity,
-         uintptr_t weighted, uintptr_t d_norms, bool is_bf16) {
-        const auto pass = [&](auto* weights) {
-          using Operand = std::remove_pointer_t<decltype(weights)>;
-          return medfast::local_alignment_gradient(
-              token_tile(starts, captions, images, patches), at<float>(similarity),
-              at<float>(patch_mask), mixed_with(weights, mixed, unit), at<float>(norms),
-              at<float>(scores), at<float>(d_scores), temp_attention, temp_words, min_norm, weights,
-              at<Operand>(d_similarity), at<Operand>(weighted), at<float>(d_norms));
-        };
-        const medfast::TemperatureGradients found =
-            is_bf16 ? pass(at<medfast::bf16>(attention)) : pass(at<float>(attention));
-        return std::tuple(found.attention, found.words);
+         uintptr_t similarity, uintptr_t patch_mask, uintptr_t mixed, uintptr_t norms,
+         uintptr_t scores, uintptr_t d_scores, float temp_attention, float temp_words,
+         float min_norm, uintptr_t attention, uintptr_t d_similarity, uintptr_t weighted,
+         uintptr_t d_norms) {
+        return as_tuple(medfast::local_alignment_gradient(
+            token_tile(starts, captions, images, patches), at<float>(similarity),
+            at<float>(patch_mask), at<float>(mixed), at<float>(norms), at<float>(scores),
+            at<float>(d_scores), {temp_attention, temp_words}, min_norm, at<float>(attention),
+            at<float>(d_similarity), at<float>(weighted), at<float>(d_norms)));
       },
       py::arg("starts"), py::arg("captions"), py::arg("images"), py::arg("patches"),
-      py::arg("similarity"), py::arg("patch_mask"), py::arg("mixed"), py::arg("unit"),
-      py::arg("norms"), py::arg("scores"), py::arg("d_scores"), py::arg("temp_attention"),
-      py::arg("temp_words"), py::arg("min_norm"), py::arg("attention"), py::arg("d_similarity"),
-      py::arg("weighted"), py::arg("d_norms"), py::arg("is_bf16"), no_gil);
+      py::arg("similarity"), py::arg("patch_mask"), py::arg("mixed"), py::arg("norms"),
+      py::arg("scores"), py::arg("d_scores"), py::arg("temp_attention"), py::arg("temp_words"),
+      py::arg("min_norm"), py::arg("attention"), py::arg("d_similarity"), py::arg("weighted"),
+      py::arg("d_norms"), no_gil);
+  py::class_<medfast::LocalAlignmentBatch>(m, "LocalAlignmentBatch")
+      .def(py::init([](uintptr_t starts, int64_t captions, int64_t images, int64_t patches,
+                       int64_t depth, uintptr_t words, uintptr_t features, uintptr_t patch_mask,
+                       uintptr_t norms, float temp_attention, float temp_words, float min_norm) {
+             return medfast::LocalAlignmentBatch{token_tile(starts, captions, images, patches),
+                                                 depth,
+                                                 at<medfast::bf16>(words),
+                                                 at<medfast::bf16>(features),
+                                                 at<float>(patch_mask),
+                                                 at<float>(norms),
+                                                 {temp_attention, temp_words},
+                                                 min_norm};
+           }),
+           py::arg("starts"), py::arg("captions"), py::arg("images"), py::arg("patches"),
+           py::arg("depth"), py::arg("words"), py::arg("features"), py::arg("patch_mask"),
+           py::arg("norms"), py::arg("temp_attention"), py::arg("temp_words"),
+           py::arg("min_norm"))
+      .def(
+          "scores",
+          [](const medfast::LocalAlignmentBatch& batch, uintptr_t scores) {
+            medfast::local_alignment_fused_scores(batch, at<float>(scores));
+          },
+          py::arg("scores"), no_gil)
+      .def(
+          "gradients",
+          [](const medfast::LocalAlignmentBatch& batch, uintptr_t scores, uintptr_t d_scores,
+             bool accumulate, uintptr_t d_similarity, uintptr_t d_words, uintptr_t d_patches,
+             uintptr_t d_norms) {
+            return as_tuple(medfast::local_alignment_fused_gradients(
+                batch, at<float>(scores), at<float>(d_scores), accumulate,
+                at<medfast::bf16>(d_similarity), at<float>(d_words),
+                at<medfast::bf16>(d_patches), at<float>(d_norms)));
+          },
+          py::arg("scores"), py::arg("d_scores"), py::arg("accumulate"), py::arg("d_similarity"),
+          py::arg("d_words"), py::arg("d_patches"), py::arg("d_norms"), no_gil);
   m.def(
       "filip_loss_maxima",
       [](uintptr_t starts, int64_t captions, int64_t images, int64_t patches,

@@ -20,7 +20,7 @@ def product(
     out: int,
     out_strides: Sequence[int],
     is_bf16: bool,
-    out_dtype: str,
+    rounds: bool,
 ) -> None: ...
 def largest_norm(features: int, rows: int, width: int) -> float: ...
 def clip_loss_sums(
@@ -107,35 +107,15 @@ def local_alignment_attend(
     temperature: float,
     attention: int,
     dots: int,
-    is_bf16: bool,
-) -> None: ...
-def local_alignment_mix(
-    starts: int,
-    captions: int,
-    images: int,
-    patches: int,
-    attention: int,
-    grams: int,
-    unit: float,
-    mixed: int,
-    squares: int,
-) -> None: ...
-def local_alignment_squares(
-    starts: int,
-    captions: int,
-    images: int,
-    patches: int,
-    attention: int,
-    mixed: int,
-    squares: int,
 ) -> None: ...
 def local_alignment_scores(
     starts: int,
     captions: int,
     images: int,
     patches: int,
+    attention: int,
+    mixed: int,
     dots: int,
-    squares: int,
     norms: int,
     temperature: float,
     min_norm: float,
@@ -149,7 +129,6 @@ def local_alignment_gradient(
     similarity: int,
     patch_mask: int,
     mixed: int,
-    unit: float,
     norms: int,
     scores: int,
     d_scores: int,
@@ -160,8 +139,36 @@ def local_alignment_gradient(
     d_similarity: int,
     weighted: int,
     d_norms: int,
-    is_bf16: bool,
 ) -> tuple[float, float]: ...
+
+class LocalAlignmentBatch:
+    def __init__(
+        self,
+        starts: int,
+        captions: int,
+        images: int,
+        patches: int,
+        depth: int,
+        words: int,
+        features: int,
+        patch_mask: int,
+        norms: int,
+        temp_attention: float,
+        temp_words: float,
+        min_norm: float,
+    ) -> None: ...
+    def scores(self, scores: int) -> None: ...
+    def gradients(
+        self,
+        scores: int,
+        d_scores: int,
+        accumulate: bool,
+        d_similarity: int,
+        d_words: int,
+        d_patches: int,
+        d_norms: int,
+    ) -> tuple[float, float]: ...
+
 def filip_loss_maxima(
     starts: int,
     captions: int,

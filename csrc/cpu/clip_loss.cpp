@@ -274,7 +274,7 @@ double clip_loss_gradient_of_features(KeptLogits<int16_t> logits, int64_t rows, 
     if (of_columns) pack(Lines<bf16>{panel, 1, kPanel}, kPanel, kStepDepth, true, weights);
   };
   weighted_sums(of_columns ? columns : rows, of_columns ? rows : columns, depth, features, scale,
-                gradient, [&](int64_t to, int64_t from, int64_t steps, uint32_t* weights) {
+                false, gradient, [&](int64_t to, int64_t from, int64_t steps, uint32_t* weights) {
                   for (int64_t step = 0; step < steps; ++step)
                     weigh(to, from + step * kStepDepth, weights + step * kTermSize);
                 });

@@ -309,7 +309,7 @@ void add_products(const Maxima<Index>& maxima, const bf16* words, const bf16* pa
   const auto add = [&](int64_t row_count, int64_t term_count, const bf16* features, bf16* out,
                        const auto& each_of) {
     weighted_sums(
-        row_count, term_count, sizes.width, features, 1.0f, out,
+        row_count, term_count, sizes.width, features, 1.0f, false, out,
         [&](int64_t row, int64_t term, int64_t steps, uint32_t* memory) {
           const Range rows{row, std::min(row + kPanel, row_count)};
           const Range terms{term, std::min(term + steps * kStepDepth, term_count)};

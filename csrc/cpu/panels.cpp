@@ -5,7 +5,6 @@
 
 #include "bits.h"
 #include "instruction_set.h"
-#include "threads.h"
 
 #if MEDFAST_X86
 #if defined(__GNUC__) && !defined(__clang__)
@@ -189,7 +188,8 @@ MEDFAST_KERNEL void pack_panel(Lines<T> from, int64_t lines, int64_t depth, bool
 MEDFAST_KERNEL float upper(uint32_t pair) { return float_of(pair & 0xffff0000u); }
 
 // Like AMX, sums the products of a step before it adds them.
-MEDFAST_KERNEL void add_product(const uint32_t* a, const uint32_t* b, float* to) {
+MEDFAST_KERNEL void add_product(const uint32_t* a, const uint32_t* b, float* to,
+                                int64_t stride) {
   for (int64_t i = 0; i < kPanel; ++i)
     for (int64_t half = 0; half < 2; ++half) {
       float sums[kTile] = {};
@@ -200,7 +200,7 @@ MEDFAST_KERNEL void add_product(const uint32_t* a, const uint32_t* b, float* to)
         for (int64_t j = 0; j < kTile; ++j)
           sums[j] += upper(x << 16) * upper(y[j] << 16) + upper(x) * upper(y[j]);
       }
-      float* all = to + i * kPanel + half * kTile;
+      float* all = to + i * stride + half * kTile;
 #pragma omp simd
       for (int64_t j = 0; j < kTile; ++j) all[j] += sums[j];
     }
@@ -208,34 +208,35 @@ MEDFAST_KERNEL void add_product(const uint32_t* a, const uint32_t* b, float* to)
 
 template <class T>
 MEDFAST_KERNEL void multiply_kernel(const uint32_t* a, const uint32_t* b, int64_t steps,
-                                    bool accumulate, float* to) {
-  if (!accumulate) std::fill(to, to + kPanel * kPanel, 0.0f);
+                                    bool accumulate, float* to, int64_t stride) {
+  for (int64_t i = 0; i < kPanel && !accumulate; ++i)
+    std::fill(to + i * stride, to + i * stride + kPanel, 0.0f);
   for (int64_t step = 0; step < steps; ++step, a += kStepSize<T>, b += kStepSize<T>)
     for (int64_t p = kTerms<T> - 1; p >= 0; --p)
       for (int64_t q = kTerms<T> - 1 - p; q >= 0; --q)
-        add_product(a + p * kTermSize, b + q * kTermSize, to);
+        add_product(a + p * kTermSize, b + q * kTermSize, to, stride);
 }
 
 template <class T>
 void multiply_anywhere(const uint32_t* a, const uint32_t* b, int64_t steps, int64_t, int64_t,
-                       bool accumulate, float* to) {
-  run<multiply_kernel<T>>(a, b, steps, accumulate, to);
+                       bool accumulate, float* to, int64_t stride) {
+  run<multiply_kernel<T>>(a, b, steps, accumulate, to, stride);
 }
 
 #if MEDFAST_HAS_AMX
 // Four tiles of sums, two of a and two of b, or fewer where the rest is not wanted.
 template <class T, bool has_second_row, bool has_second_column>
 MEDFAST_AMX void multiply_tiles(const uint32_t* a, const uint32_t* b, int64_t steps,
-                                bool accumulate, float* to) {
+                                bool accumulate, float* to, int64_t stride) {
   // Compilers do not see that tiles are loaded from memory, and stored there.
   asm volatile("" ::: "memory");
   constexpr int64_t kRowBytes = 4 * kTile;
-  constexpr int64_t kSumBytes = 4 * kPanel;
+  const int64_t sum_bytes = 4 * stride;
   if (accumulate) {
-    _tile_loadd(0, to, kSumBytes);
-    _tile_loadd(1, to + kTile, kSumBytes);
-    _tile_loadd(2, to + kTile * kPanel, kSumBytes);
-    _tile_loadd(3, to + kTile * kPanel + kTile, kSumBytes);
+    _tile_loadd(0, to, sum_bytes);
+    _tile_loadd(1, to + kTile, sum_bytes);
+    _tile_loadd(2, to + kTile * stride, sum_bytes);
+    _tile_loadd(3, to + kTile * stride + kTile, sum_bytes);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -259,22 +260,22 @@ MEDFAST_AMX void multiply_tiles(const uint32_t* a, const uint32_t* b, int64_t st
         if constexpr (has_second_row && has_second_column) _tile_dpbf16ps(3, 5, 7);
       }
     }
-  _tile_stored(0, to, kSumBytes);
-  _tile_stored(1, to + kTile, kSumBytes);
-  _tile_stored(2, to + kTile * kPanel, kSumBytes);
-  _tile_stored(3, to + kTile * kPanel + kTile, kSumBytes);
+  _tile_stored(0, to, sum_bytes);
+  _tile_stored(1, to + kTile, sum_bytes);
+  _tile_stored(2, to + kTile * stride, sum_bytes);
+  _tile_stored(3, to + kTile * stride + kTile, sum_bytes);
   asm volatile("" ::: "memory");
 }
 
 template <class T>
 void multiply_amx(const uint32_t* a, const uint32_t* b, int64_t steps, int64_t rows,
-                  int64_t columns, bool accumulate, float* to) {
+                  int64_t columns, bool accumulate, float* to, int64_t stride) {
   const bool has_second_row = rows > kTile;
   const auto product = columns > kTile ? (has_second_row ? multiply_tiles<T, true, true>
                                                          : multiply_tiles<T, false, true>)
                                        : (has_second_row ? multiply_tiles<T, true, false>
                                                          : multiply_tiles<T, false, false>);
-  product(a, b, steps, accumulate, to);
+  product(a, b, steps, accumulate, to, stride);
 }
 
 MEDFAST_AMX void configure() {
@@ -339,13 +340,6 @@ namespace {
 constexpr int64_t kMostThatStays = int64_t{1} << 24;
 thread_local Buffer of_b;
 }  // namespace
-
-int64_t rows_of_block(int64_t count, int64_t rows) {
-  constexpr int64_t kMostRows = 256;
-  constexpr int64_t kTasksPerThread = 4;
-  const int64_t shares = ceil_div(kTasksPerThread * threads(), count);
-  return std::min(kMostRows, kPanel * ceil_div(rows, kPanel * std::max<int64_t>(shares, 1)));
-}
 
 uint32_t* memory_of_a(int64_t size) {
   thread_local Buffer buffer;

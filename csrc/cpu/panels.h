@@ -62,10 +62,10 @@ struct Lines {
 template <class T>
 void pack(Lines<T> from, int64_t lines, int64_t depth, bool is_by_line, uint32_t* to);
 
-// Writes a product of two panels, [kPanel, kPanel], or adds it. Only `rows` and `columns` of it are
-// wanted.
+// Writes a product of two panels, [kPanel, kPanel], rows `stride` apart, or adds it. Only `rows` and
+// `columns` of it are wanted; the rest is zero, or as it was.
 using Multiply = void (*)(const uint32_t* a, const uint32_t* b, int64_t steps, int64_t rows,
-                          int64_t columns, bool accumulate, float* to);
+                          int64_t columns, bool accumulate, float* to, int64_t stride);
 template <class T>
 Multiply chosen_multiply();
 
@@ -105,10 +105,6 @@ struct Blocks {
   int64_t rows;
   int64_t depth;
 };
-
-// Rows that stay in the second level of cache, few enough of each of `count` products that no thread
-// waits long for the others.
-int64_t rows_of_block(int64_t count, int64_t rows);
 
 // Calls use(product, which, i, j, height, width, is_first) for each [height, width] part, at
 // (i, j), of each of `count` products a @ b, a [rows, depth], b [depth, columns]. Rows of `product`
@@ -161,7 +157,7 @@ void for_each_product(int64_t count, int64_t rows, int64_t columns, int64_t dept
                          packed_b + (which * panels + panel) * panel_size + step * kStepSize<T>,
                          std::min(kMostSteps, steps - step), height,
                          std::min(kPanel, columns - panel * kPanel), step > 0,
-                         products + (panel - first) * kPanel * kPanel);
+                         products + (panel - first) * kPanel * kPanel, kPanel);
             for (int64_t panel = first; panel < last; ++panel)
               use(products + (panel - first) * kPanel * kPanel, which, i, panel * kPanel, height,
                   std::min(kPanel, columns - panel * kPanel), k == 0);

@@ -17,8 +17,8 @@ struct Result {
 };
 
 // out = alpha * a @ b, or that added to it, of `count` products: a [rows, depth], b [depth,
-// columns], out [rows, columns], of float or, for those of bf16, bf16 or fp16. The order of sums
-// does not depend on the number of threads.
+// columns], out [rows, columns], of float or, for those of bf16, bf16. The order of sums does not
+// depend on the number of threads.
 template <class T, class Out>
 void product(int64_t count, int64_t rows, int64_t columns, int64_t depth, Matrix<T> a,
              Matrix<T> b, float alpha, bool accumulate, Result<Out> out);

@@ -20,13 +20,14 @@ constexpr int64_t kMostSums = 1 << 18;
 // So that no thread waits long for the others.
 constexpr int64_t kTasksOfSums = 4;
 
-// out_i = alpha * sum_j w_ij features_j: features [terms, depth] and out [rows, depth], contiguous.
+// out_i = alpha * sum_j w_ij features_j, or adds it: features [terms, depth] and out [rows, depth],
+// contiguous.
 // weigh(i, j, steps, to) writes the weights of rows i to i + 31 and the terms from j on as steps of
 // a panel of a, finite beyond the end. Sums take their terms in order, whatever the number of
 // threads.
-template <class Weigh>
+template <class Out, class Weigh>
 void weighted_sums(int64_t rows, int64_t terms, int64_t depth, const bf16* features, float alpha,
-                   bf16* out, const Weigh& weigh) {
+                   bool accumulate, Out* out, const Weigh& weigh) {
   const Multiply multiply = chosen_multiply<bf16>();
   const int64_t panels = ceil_div(depth, kPanel);
   const int64_t blocks = ceil_div(terms, kTermsAtATime);
@@ -61,14 +62,14 @@ void weighted_sums(int64_t rows, int64_t terms, int64_t depth, const bf16* featu
             multiply(weights, packed + block * block_size + panel * kTermSteps * kTermSize, steps,
                      std::min(kPanel, bottom - i), std::min(kPanel, depth - panel * kPanel),
                      block > 0,
-                     sums + (i - top) / kPanel * sums_size + panel * kPanel * kPanel);
+                     sums + (i - top) / kPanel * sums_size + panel * kPanel * kPanel, kPanel);
         }
       }
       for (int64_t i = top; i < bottom; i += kPanel)
         for (int64_t k = 0; k < depth; k += kPanel)
-          run<write_panel<bf16>>(
+          run<write_panel<Out>>(
               static_cast<const float*>(sums + (i - top) / kPanel * sums_size + k * kPanel),
-              std::min(kPanel, bottom - i), std::min(kPanel, depth - k), alpha, false,
+              std::min(kPanel, bottom - i), std::min(kPanel, depth - k), alpha, accumulate,
               out + i * depth + k, depth);
     }
   }

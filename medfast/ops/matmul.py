@@ -16,7 +16,6 @@ except ImportError:  # built without
 
 # Below this many multiplications oneDNN's set-up costs more than it saves.
 _LEAST_WORK = 2**20
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -47,9 +46,8 @@ def matmul_into(
 
     Args:
         out: [M, N], its rows contiguous.
-        a: [M, K], of the dtype of `out`; or bf16 where `multiplies_bf16()`, while `out` is of
-            fp32 or, to which complete sums are rounded, of bf16 or fp16. A transpose of a
-            contiguous matrix is as good as a contiguous one.
+        a: [M, K], of the dtype of `out`; or bf16 where `multiplies_bf16()`, while `out` is of fp32.
+            A transpose of a contiguous matrix is as good as a contiguous one.
         b: [K, N], likewise.
         alpha: Factor of the product.
         accumulate: Add to `out` instead of overwriting it.
@@ -63,35 +61,33 @@ def matmul_into(
     return _by_torch(out, a, b, alpha, accumulate)
 
 
-def bmm_into(
-    out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, accumulate: bool = False
-) -> Tensor:
-    """Write `alpha * a @ b` of a few small matrices each to `out`, or add it.
+def bmm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> Tensor:
+    """Write `a @ b` of a few small matrices each to `out`, or add it.
 
     No gradient is recorded.
 
     Several are divided among threads with less ado than one. Of fp32 torch's are the faster.
 
     Args:
-        out: [n, M, N], its rows contiguous, of a dtype that `matmul_into` takes.
+        out: [n, M, N], its rows contiguous, of a dtype that `matmul_into` takes; or bf16, to which
+            complete sums are rounded.
         a: [n, M, K], likewise.
         b: [n, K, N], likewise.
-        alpha: Factor of the products.
         accumulate: Add to `out` instead of overwriting it.
 
     Returns:
         `out`.
     """
     if a.dtype == torch.bfloat16:
-        _products(out, a, b, alpha, accumulate)
+        _products(out, a, b, 1.0, accumulate)
         return out
     if len(out) == 1 or (out.device.type == "cpu" and not _is_intel()):
         for of_one, x, y in zip(out, a, b, strict=True):
-            _by_torch(of_one, x, y, alpha, accumulate)
+            _by_torch(of_one, x, y, 1.0, accumulate)
         return out
-    if alpha == 1 and not accumulate:
+    if not accumulate:
         return torch.bmm(a, b, out=out)
-    return torch.baddbmm(out, a, b, beta=float(accumulate), alpha=alpha, out=out)
+    return torch.baddbmm(out, a, b, out=out)
 
 
 def multiplies_bf16() -> bool:
@@ -123,7 +119,7 @@ def _products(out: Tensor, a: Tensor, b: Tensor, alpha: float, accumulate: bool)
         *(a.data_ptr(), a.stride(), b.data_ptr(), b.stride()),
         *(alpha, accumulate, out.data_ptr(), out.stride()[:2]),
         is_bf16=a.dtype == torch.bfloat16,
-        out_dtype=_NAMES[out.dtype],
+        rounds=out.dtype == torch.bfloat16,
     )
 
 

@@ -73,6 +73,18 @@ class Words:
         starts = [row for b in self.blocks for row in range(b.rows.start, b.rows.stop, b.length)]
         return torch.tensor([*starts, len(self.places)])
 
+    def memory_of_gradient(self, dtype: torch.dtype) -> Tensor:
+        """Return memory for the sums of the features' gradient, [N, D], that `unpack` will take."""
+        if self.is_whole:  # it will be the result
+            return torch.empty_like(self.features, dtype=dtype)
+        return lend(self.features.numel(), self.features, dtype).view_as(self.features)
+
+    def add_gradient_of_norms(self, norms: Tensor, d_norms: Tensor, to: Tensor) -> None:
+        """Add what the gradient of the features' norms [N] gives the features to `to` [N, D]."""
+        tiny = torch.finfo(norms.dtype).tiny
+        # In one pass: a product of two dtypes would be ten times as slow.
+        to.addcmul_(self.features, (d_norms / norms.clamp_min(tiny))[:, None])
+
 
 @dataclass(frozen=True)
 class Images:
@@ -100,6 +112,15 @@ class Images:
         matmul_into(d_patches.flatten(0, 1), flat.T, words.features, accumulate=not is_first)
 
 
+def images(patches: Tensor, patch_mask: Tensor | None, where: slice) -> Images:
+    """Return the images of a slice of the batch."""
+    mask = None if patch_mask is None else patch_mask[where]
+    wave = tiles.operand(patches[where])
+    if mask is not None:
+        wave = wave.masked_fill(~mask[..., None], 0)
+    return Images(where, wave, mask)
+
+
 @dataclass(frozen=True)
 class Plan:
     """All groups of words and all waves of images, whose tiles fit the workspace."""
@@ -113,11 +134,7 @@ class Plan:
     def images(self) -> Iterator[Images]:
         """Yield the waves."""
         for where in self.waves:
-            mask = None if self.patch_mask is None else self.patch_mask[where]
-            wave = tiles.operand(self.patches[where])
-            if mask is not None:
-                wave = wave.masked_fill(~mask[..., None], 0)
-            yield Images(where, wave, mask)
+            yield images(self.patches, self.patch_mask, where)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -135,11 +152,8 @@ class Plan:
         return Buffer(lend(size, self.patches, dtype))
 
     def gradients(self) -> list[Tensor]:
-        """Return memory for the sums of each group's gradient, [N, D], that `unpack` will take."""
-        features = [words.features for words in self.groups]
-        if self.groups[0].is_whole:  # it will be the result
-            return [torch.empty_like(features[0], dtype=self.dtype)]
-        return [lend(x.numel(), x, self.dtype).view_as(x) for x in features]
+        """Return memory for the sums of each group's gradient, that `unpack` will take."""
+        return [words.memory_of_gradient(self.dtype) for words in self.groups]
 
 
 @dataclass(frozen=True)

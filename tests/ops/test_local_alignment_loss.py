@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from local_loss_checks import Batch, LocalLossChecks, batch
 
 from medfast.ops import dispatch, local_alignment_loss, local_alignment_scores, word_patch_attention
+from medfast.ops.dispatch import why_not
 from medfast.ops.local_alignment import api, chunked, reference
 from medfast.ops.local_alignment.autograd import pair_scores
 
@@ -24,6 +25,43 @@ class TestLocalAlignmentLoss(LocalLossChecks):
         """All products are kept, some of them, none."""
         monkeypatch.setenv("MEDFAST_WORKSPACE_MB", workspace)
         self.assert_as_close_as_eager(loss, self.inputs(16, 49, 40, 16), rounds=self.rounds)
+
+    @pytest.mark.usefixtures("bf16_products")
+    @pytest.mark.parametrize("workspace", ["256", "0.4", "0.01"])
+    @pytest.mark.parametrize("sizes", [(9, 33, 40, 16), (5, 5, 200, 40)])
+    def test_bf16_in_waves_of_images(self, monkeypatch, workspace, sizes):
+        """All images at once, some, one; captions together or, too long for that, alone."""
+        if why_not(self.name, "cpu") is not None:
+            pytest.skip(why_not(self.name, "cpu"))
+        monkeypatch.setenv("MEDFAST_WORKSPACE_MB", workspace)
+        inputs = self.inputs(*sizes, dtype=torch.bfloat16, masked=True)
+        loss = lambda *a, **k: self.function(*a, impl="cpu", **k)  # noqa: E731
+        self.assert_as_close_as_eager(loss, inputs, rounds=True)
+
+    @pytest.mark.usefixtures("bf16_products")
+    @pytest.mark.parametrize("workspace", ["256", "0.2"])
+    @pytest.mark.parametrize(("images", "captions"), [(1, 30), (3, 9), (17, 20)])
+    def test_threads_do_not_change_a_bit_of_bf16(self, monkeypatch, workspace, images, captions):
+        if why_not(self.name, "cpu") is not None:
+            pytest.skip(why_not(self.name, "cpu"))
+        monkeypatch.setenv("MEDFAST_WORKSPACE_MB", workspace)
+        inputs = batch(images, 21, 40, 24, torch.bfloat16, masked=True, captions=captions)
+        patches, tokens, token_mask, patch_mask = inputs
+        weights = torch.randn(captions, images)
+        before, found = torch.get_num_threads(), []
+        try:
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                leaves = patches.clone().requires_grad_(), tokens.clone().requires_grad_()
+                scores = local_alignment_scores(
+                    *leaves, token_mask, patch_mask=patch_mask, impl="cpu"
+                )
+                grads = torch.autograd.grad((scores * weights).sum(), leaves)
+                found.append([scores.detach(), *grads])
+        finally:
+            torch.set_num_threads(before)
+        for others in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
     def test_memory_stays_within_the_workspace(self, loss, monkeypatch, largest_tensor):
         """All pairs' similarities would be 94 MB; no tensor comes near."""
@@ -122,7 +160,7 @@ def test_registered_op_passes_opcheck(impl, masked, needs_grad):
 
 def test_products_are_kept_only_for_a_backward():
     patches, tokens, token_mask, _ = batch(5, 6, 5, 8)
-    assert chunked.kept_entries(patches, tokens, chunked.Passes) == 2 * 30 * 25
+    assert chunked.kept_entries(patches, tokens) == 2 * 30 * 25
     temps = torch.tensor(4.0), torch.tensor(5.0)
     args = (patches, tokens, token_mask, None, *temps)
     assert torch.ops.medfast.local_alignment_loss_fwd(*args, "cpu", False)[1].numel() == 0
@@ -131,13 +169,12 @@ def test_products_are_kept_only_for_a_backward():
 
 
 @pytest.mark.usefixtures("bf16_products")
-def test_half_of_what_is_kept_is_halved_in_bf16():
-    sizes = []
-    for dtype in (torch.float32, torch.bfloat16):
-        patches, tokens, token_mask, _ = batch(5, 7, 5, 8, dtype=dtype)
-        args = (patches, tokens, token_mask, None, torch.tensor(4.0), torch.tensor(5.0))
-        sizes.append(torch.ops.medfast.local_alignment_loss_fwd(*args, "cpu", True)[1].numel())
-    assert sizes == [2 * 35 * 25, 35 * 25 + 438]
+@pytest.mark.parametrize(("impl", "kept"), [("torch", 2 * 35 * 25), ("cpu", 0)])
+def test_what_bf16_keeps(impl, kept):
+    """csrc has what is between only in caches."""
+    patches, tokens, token_mask, _ = batch(5, 7, 5, 8, dtype=torch.bfloat16)
+    args = (patches, tokens, token_mask, None, torch.tensor(4.0), torch.tensor(5.0))
+    assert torch.ops.medfast.local_alignment_loss_fwd(*args, impl, True)[1].numel() == kept
 
 
 def test_attention_is_the_one_of_the_loss():

@@ -108,40 +108,17 @@ def test_own_products_of_any_size(kernels, dtype, count, M, N, K):
         assert whole[:, :, [0, N + 1, N + 2]].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("K", [1, 40, 1030])
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_complete_sums_are_rounded_to_16_bits(kernels, dtype, K, accumulate):
+def test_complete_sums_are_rounded_to_bf16(kernels, K, accumulate):
     torch.manual_seed(0)
     a, b = torch.randn(3, 33, K).bfloat16(), torch.randn(3, K, 50).bfloat16()
-    out = torch.randn(3, 33, 50).to(dtype)
-    want = 0.25 * (a.double() @ b.double()) + (out.double() if accumulate else 0)
-    assert bmm_into(out, a, b, alpha=0.25, accumulate=accumulate) is out
-    # Half a step, a rounding of the sum, and what fp16 takes for 0.
-    error = torch.finfo(dtype).eps * want.abs() + 1e-6 * K**0.5 + 2**-14 * (dtype == torch.float16)
+    out = torch.randn(3, 33, 50).bfloat16()
+    want = a.double() @ b.double() + (out.double() if accumulate else 0)
+    assert bmm_into(out, a, b, accumulate=accumulate) is out
+    # Half a step and a rounding of the sum.
+    error = torch.finfo(out.dtype).eps * want.abs() + 1e-6 * K**0.5
     assert ((out - want).abs() <= error).all()
-
-
-def test_fp16_is_rounded_to_nearest_even(kernels):
-    torch.manual_seed(0)
-    powers = 2.0 ** torch.arange(-13, 15)[:, None]
-    values = (powers * torch.tensor([1, 1 + 2**-7, 1 - 2**-8, -1 - 5 * 2**-7])).flatten()
-    a = torch.cat([values, 2.0 ** torch.randint(-13, 15, (1000,)) * torch.randn(1000)])
-    a = a[a.abs() >= 2**-12].bfloat16()[None, :, None]
-    for alpha in (1.0, 1.2345678, 1 + 2**-11, 1 + 3 * 2**-11, 0.7):
-        out = torch.empty(1, a.shape[1], 1, dtype=torch.float16)
-        bmm_into(out, a, torch.ones(1, 1, 1).bfloat16(), alpha=alpha)
-        assert torch.equal(out, (a.float() * alpha).half())
-
-
-def test_what_fp16_cannot_hold(kernels):
-    sizes = [2.0**-14, 2.0**-15, 1e-30, 0.0, 65280.0, 65536.0, 1e30, torch.inf, torch.nan]
-    want = [2.0**-14, 0.0, 0.0, 0.0, 65280.0, *[torch.nan] * 4]
-    a = torch.tensor([sizes, [-x for x in sizes]]).flatten().bfloat16()[None, :, None]
-    out = torch.empty(1, len(sizes) * 2, 1, dtype=torch.float16)
-    bmm_into(out, a, torch.ones(1, 1, 1).bfloat16())
-    expected = torch.tensor([want, [-x for x in want]]).flatten().half()
-    torch.testing.assert_close(out.flatten(), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_fp32_products_lose_no_bit_of_an_operand(kernels):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from medfast.ops.local_alignment import chunked
-from medfast.ops.tiles import summable
+from medfast.ops.tiles import operand_dtype, summable
 from medfast.ops.workspace import lend
 
 
@@ -46,6 +46,10 @@ def local_alignment_loss_fwd(
         from medfast.ops.local_alignment import triton
 
         return triton.forward(*inputs, temp_attention, temp_words), kept
+    if _is_fused(patches, impl):
+        from medfast.ops.local_alignment import fused
+
+        return fused.forward(*inputs, temp_attention, temp_words), kept
     return chunked.forward(*inputs, kept, _passes(impl)(temp_attention, temp_words)), kept
 
 
@@ -83,6 +87,10 @@ def local_alignment_loss_bwd(
         from medfast.ops.local_alignment import triton
 
         grads = triton.backward(*inputs, temp_attention, temp_words)
+    elif _is_fused(patches, impl):
+        from medfast.ops.local_alignment import fused
+
+        grads = fused.backward(*inputs, temp_attention, temp_words)
     else:
         grads = chunked.backward(*inputs, kept, _passes(impl)(temp_attention, temp_words))
     d_patches, d_tokens, *d_temps = (
@@ -135,6 +143,10 @@ def _passes(impl: str) -> type[chunked.Passes]:
     return chunked.Passes
 
 
+def _is_fused(patches: Tensor, impl: str) -> bool:
+    return impl == "cpu" and operand_dtype(patches) == torch.bfloat16
+
+
 def _kept_entries(patches: Tensor, tokens: Tensor, impl: str, needs_grad: bool) -> int:
-    keeps = needs_grad and impl != "triton"
-    return chunked.kept_entries(patches, tokens, _passes(impl)) if keeps else 0
+    keeps = needs_grad and impl != "triton" and not _is_fused(patches, impl)
+    return chunked.kept_entries(patches, tokens) if keeps else 0

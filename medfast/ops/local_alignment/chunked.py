@@ -6,7 +6,6 @@ The context c_w never exists: with S = W V^T and attention A, c.w = sum_p A_p S_
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,10 +21,6 @@ from medfast.ops.workspace import workspace_bytes
 _OP = "local_alignment_loss"
 # Tensors of a tile's size that the backward of plain PyTorch holds at once.
 _LIVE = 9
-# What is stored in fp16 is so many units at most.
-_MOST_UNITS = 2.0**15
-# Smaller units would not be normal numbers of fp32, nor their inverses finite.
-_SMALLEST_UNIT = 2.0**-115
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,6 @@ class Wave:
 
     images: Images
     grams: Tensor  # [g, P, P], each image's Gram matrix, as products take it
-    unit: float  # what 1 stands for in `Tile.mixed`
 
 
 @dataclass(frozen=True)
@@ -48,10 +42,10 @@ class Tile:
     # [N, g, P], softmax of the similarity over each caption's words; empty if attends_again
     over_words: Tensor
     attention: Tensor  # [N, g, P], as products take it
-    mixed: Tensor  # [N, g, P], attention times Gram matrix, maybe in fp16
-    # [2, N, g], sums over the patches of the attention times the similarity and the mixed
-    # attention; only of passes that `sums`
-    sums: Tensor
+    mixed: Tensor  # [N, g, P], attention times Gram matrix
+    # [N, g], in the passes' order: sums over the patches of the attention times the similarity;
+    # only of passes that have `dots`
+    dots: Tensor
 
 
 class Passes:
@@ -61,11 +55,8 @@ class Passes:
     block = 8
     # Whether `gradient` computes the attention itself.
     attends_again = False
-    # Whether the mixed attention is stored in fp16 where products take operands in bf16. Rounding
-    # those costs eight times as much; the similarity goes through an exponential, and stays.
-    halves_mixed = False
-    # Whether `attend` and `mix` write the sums.
-    sums = False
+    # Whether `attend` writes the dots.
+    dots = False
 
     def __init__(self, temp_attention: Tensor, temp_words: Tensor) -> None:
         self.temp_attention, self.temp_words = temp_attention, temp_words
@@ -80,11 +71,6 @@ class Passes:
         if tile.wave.images.mask is not None:
             attention.masked_fill_(~tile.wave.images.mask, -torch.inf)
         tile.attention.copy_(torch.softmax(attention, -1, out=attention))
-
-    def mix(self, tile: Tile) -> None:
-        """Write the mixed attention."""
-        by_image = tile.mixed.transpose(0, 1), tile.attention.transpose(0, 1)
-        bmm_into(*by_image, tile.wave.grams, alpha=1 / tile.wave.unit)
 
     def scores(self, tile: Tile) -> Tensor:
         """Return Z [captions of the group, g]."""
@@ -159,8 +145,7 @@ class _Walk:
         self._plan, self._passes = plan, passes
         self._kept, self._is_known = kept, is_known
         self.norms = [words.features.norm(dim=1, dtype=plan.dtype) for words in plan.groups]
-        mixed = _mixed_dtype(plan.patches, type(passes))
-        self._similarity, self._mixed = plan.buffer(plan.dtype), plan.buffer(mixed)
+        self._similarity, self._mixed = plan.buffer(plan.dtype), plan.buffer(plan.dtype)
         self._over_words = None if passes.attends_again else plan.buffer(plan.dtype)
         self._attention = plan.buffer(plan.operand)
         self._empty = self._attention.memory[:0]
@@ -171,11 +156,7 @@ class _Walk:
             g, P, _ = images.patches.shape
             grams = images.patches.new_empty(g, P, P)
             bmm_into(grams, images.patches, images.patches.mT)
-            unit = 1.0
-            if self._mixed.dtype == torch.float16:
-                # No product with a mean of patches is larger (Cauchy and Schwarz).
-                unit = _unit(grams.diagonal(dim1=1, dim2=2).max().item())
-            yield Wave(images, grams, unit)
+            yield Wave(images, grams)
 
     def tile(self, k: int, wave: Wave) -> Tile:
         """Return how the words of group k attend to the images."""
@@ -184,48 +165,28 @@ class _Walk:
         over_words = self._empty
         if self._over_words is not None:
             over_words = self._over_words.of(words, images)
-        size, dtype = attention.numel(), self._mixed.dtype
-        sizes = size, _entries(size, dtype, self._similarity.dtype)
-        is_kept = sum(sizes) <= len(self._kept)
+        size = attention.numel()
+        is_kept = 2 * size <= len(self._kept)
         is_known = is_kept and self._is_known
         if is_kept:
-            similarity, mixed, self._kept = self._kept.split([*sizes, len(self._kept) - sum(sizes)])
-            similarity = similarity.view_as(attention)
-            mixed = mixed.view(dtype)[:size].view_as(attention)
+            memory, self._kept = self._kept.split([2 * size, len(self._kept) - 2 * size])
+            similarity, mixed = memory.view(2, *attention.shape)
         else:
             similarity, mixed = (x.of(words, images) for x in (self._similarity, self._mixed))
-        sums = self._empty
-        if self._passes.sums and not is_known:
-            sums = similarity.new_empty(2, *similarity.shape[:2])
-        tile = Tile(words, wave, self.norms[k], similarity, over_words, attention, mixed, sums)
+        dots = self._empty
+        if self._passes.dots and not is_known:
+            dots = similarity.new_empty(similarity.shape[:2])
+        tile = Tile(words, wave, self.norms[k], similarity, over_words, attention, mixed, dots)
         if not is_known:
             images.similarity(words, similarity)
         if not (is_known and self._passes.attends_again):
             self._passes.attend(tile)
         if not is_known:
-            self._passes.mix(tile)
+            bmm_into(mixed.transpose(0, 1), attention.transpose(0, 1), wave.grams)
         return tile
 
 
-def _unit(largest: float) -> float:
-    """Return the power of two of which no more than _MOST_UNITS make `largest`."""
-    if not 0 < largest < math.inf:
-        return 1.0
-    return max(2.0 ** math.frexp(largest)[1] / _MOST_UNITS, _SMALLEST_UNIT)
-
-
-def _mixed_dtype(patches: Tensor, passes: type[Passes]) -> torch.dtype:
-    if passes.halves_mixed and tiles.operand_dtype(patches) == torch.bfloat16:
-        return torch.float16
-    return tiles.summable(patches)
-
-
-def _entries(size: int, dtype: torch.dtype, kept: torch.dtype) -> int:
-    """Return how many entries of `kept` so many of `dtype` take."""
-    return -(-size * dtype.itemsize // kept.itemsize)
-
-
-def kept_entries(patches: Tensor, tokens: Tensor, passes: type[Passes]) -> int:
+def kept_entries(patches: Tensor, tokens: Tensor) -> int:
     """Return how many entries of products to keep, so that the backward need not compute them.
 
     On a CPU tiles are small: most of the workspace is free for what the forward has computed.
@@ -235,7 +196,7 @@ def kept_entries(patches: Tensor, tokens: Tensor, passes: type[Passes]) -> int:
     dtype = tiles.summable(patches)
     spare = workspace_bytes() // dtype.itemsize - packing.CPU_ENTRIES
     pairs = tokens[..., 0].numel() * patches[..., 0].numel()
-    return max(0, min(spare, pairs + _entries(pairs, _mixed_dtype(patches, passes), dtype)))
+    return max(0, min(spare, 2 * pairs))
 
 
 def forward(
@@ -301,12 +262,10 @@ def backward(
         bmm_into(d_wave, d_grams.to(plan.operand), images.patches, accumulate=True)
         if not is_sum:
             of_wave.copy_(d_wave)
-    tiny = torch.finfo(plan.dtype).tiny
-    for words, norms, d_group, d_norm in zip(
-        plan.groups, walk.norms, d_groups, d_norms, strict=True
+    for words, norms, d_norm, d_group in zip(
+        plan.groups, walk.norms, d_norms, d_groups, strict=True
     ):
-        # In one pass: a product of two dtypes would be ten times as slow.
-        d_group.addcmul_(words.features, (d_norm / norms.clamp_min(tiny))[:, None])
+        words.add_gradient_of_norms(norms, d_norm, d_group)
     d_temp_attention, d_temp_words = (
         torch.as_tensor(d_temp, dtype=plan.dtype, device=scores.device) for d_temp in d_temps
     )
