@@ -283,6 +283,30 @@ PYBIND11_MODULE(_C, m) {
       py::arg("image_to_text"), py::arg("text_to_image"), py::arg("best_patch"),
       py::arg("best_word"), py::arg("index_bytes"), no_gil);
   m.def(
+      "filip_loss_fused_maxima",
+      [](uintptr_t starts, uintptr_t ids, int64_t captions, int64_t images, int64_t patches,
+         int64_t all_words, int64_t width, uintptr_t word_features, uintptr_t patch_features,
+         bool is_bf16, uintptr_t shares, uintptr_t image_to_text, uintptr_t text_to_image, uintptr_t best_patch,
+         uintptr_t best_word, int index_bytes) {
+        const medfast::FilipFeatures sizes{at<int64_t>(starts), at<int64_t>(ids), captions,
+                                           images,              patches,          all_words,
+                                           width};
+        with_index(index_bytes, best_patch, best_word, [&](auto* of_words, auto* of_patches) {
+          const auto pass = [&](auto* words) {
+            using Feature = std::remove_pointer_t<decltype(words)>;
+            medfast::filip_loss_fused_maxima(sizes, words, at<Feature>(patch_features),
+                                             at<float>(shares), at<float>(image_to_text),
+                                             at<float>(text_to_image), of_words, of_patches);
+          };
+          is_bf16 ? pass(at<medfast::bf16>(word_features)) : pass(at<float>(word_features));
+        });
+      },
+      py::arg("starts"), py::arg("ids"), py::arg("captions"), py::arg("images"),
+      py::arg("patches"), py::arg("all_words"), py::arg("width"), py::arg("word_features"),
+      py::arg("patch_features"), py::arg("is_bf16"), py::arg("shares"), py::arg("image_to_text"),
+      py::arg("text_to_image"), py::arg("best_patch"), py::arg("best_word"),
+      py::arg("index_bytes"), no_gil);
+  m.def(
       "filip_loss_gradient",
       [](uintptr_t starts, uintptr_t ids, int64_t captions, int64_t images, int64_t patches,
          int64_t all_words, int64_t width, uintptr_t word_features, uintptr_t patch_features,

@@ -187,6 +187,24 @@ def filip_loss_maxima(
     best_word: int,
     index_bytes: int,
 ) -> None: ...
+def filip_loss_fused_maxima(
+    starts: int,
+    ids: int,
+    captions: int,
+    images: int,
+    patches: int,
+    all_words: int,
+    width: int,
+    word_features: int,
+    patch_features: int,
+    is_bf16: bool,
+    shares: int,
+    image_to_text: int,
+    text_to_image: int,
+    best_patch: int,
+    best_word: int,
+    index_bytes: int,
+) -> None: ...
 def filip_loss_gradient(
     starts: int,
     ids: int,

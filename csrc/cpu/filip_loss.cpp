@@ -7,12 +7,19 @@
 #include <vector>
 
 #include "bf16.h"
+#include "lanes.h"
 #include "threads.h"
 #include "weighted_sums.h"
+#include "word_chunks.h"
 
 namespace medfast {
 namespace {
 
+// As many patches and their products with a chunk of words stay in the second-level cache.
+template <class Feature>
+constexpr int64_t kColumnsAtATime = kTerms<Feature> == 1 ? 448 : 224;
+// 32 MiB. Of more words, packed, some are taken after the others.
+constexpr int64_t kMostPacked = int64_t{1} << 23;
 // Pairs whose maxima are gathered together: their features stay in the second-level cache.
 constexpr int64_t kTogether = 4;
 // With bf16, to gather a maximum's feature takes as long as so many entries of products.
@@ -43,13 +50,14 @@ MEDFAST_KERNEL Best best_of_row(const float* row, const float* shares, int64_t p
   return {nans > 0 ? kNan : highest, nans > 0 ? 0 : place};
 }
 
-// Caption of n words against one image, whose columns start at similarity.
+// Caption of n words against one image, whose columns start at similarity. It reads `width` columns,
+// in whole vectors: those behind the patches must be of share 0, and may hold anything.
 template <class Index>
 MEDFAST_KERNEL void maxima_of_pair(const float* similarity, int64_t stride, const float* shares,
-                                   int64_t n, int64_t patches, float* image_to_text,
+                                   int64_t n, int64_t patches, int64_t width, float* image_to_text,
                                    float* text_to_image, Index* best_patch, Index* best_word,
                                    float* highest, int32_t* places) {
-  for (int64_t p = 0; p < patches; ++p) {
+  for (int64_t p = 0; p < width; ++p) {
     highest[p] = similarity[p];
     places[p] = 0;
   }
@@ -58,19 +66,19 @@ MEDFAST_KERNEL void maxima_of_pair(const float* similarity, int64_t stride, cons
     const float* row = similarity + t * stride;
     const int32_t place = static_cast<int32_t>(t);
 #pragma omp simd
-    for (int64_t p = 0; p < patches; ++p) {
+    for (int64_t p = 0; p < width; ++p) {
       // Once NaN, always NaN.
       const bool is_better = (row[p] > highest[p]) | (row[p] != row[p]);
       highest[p] = is_better ? row[p] : highest[p];
       places[p] = is_better ? place : places[p];
     }
-    const Best best = best_of_row(row, shares, patches);
+    const Best best = best_of_row(row, shares, width);
     of_words += best.value;
     if (best_patch != nullptr) best_patch[t] = static_cast<Index>(best.place);
   }
   float of_patches = 0;
 #pragma omp simd reduction(+ : of_patches)
-  for (int64_t p = 0; p < patches; ++p)
+  for (int64_t p = 0; p < width; ++p)
     of_patches += shares[p] > 0.0f ? shares[p] * highest[p] : 0.0f;
   *image_to_text = of_patches;
   *text_to_image = of_words / static_cast<float>(n);
@@ -357,13 +365,75 @@ void filip_loss_maxima(const TokenTile& tile, const float* similarity, const flo
         const bool keeps = best_patch != nullptr;
         run<maxima_of_pair<Index>>(
             similarity + tile.starts[c] * columns + j * tile.patches, columns,
-            shares + j * tile.patches, tile.words(c), tile.patches,
+            shares + j * tile.patches, tile.words(c), tile.patches, tile.patches,
             scores.image_to_text + image * scores.all_captions + caption,
             scores.text_to_image + pair,
             keeps ? best_patch + pair * scores.all_words : nullptr,
             keeps ? best_word + pair * tile.patches : nullptr, highest.data(), places.data());
       }
   }
+}
+
+template <class Feature, class Index>
+void filip_loss_fused_maxima(const FilipFeatures& sizes, const Feature* words,
+                             const Feature* patches, const float* shares, float* image_to_text,
+                             float* text_to_image, Index* best_patch, Index* best_word) {
+  const int64_t P = sizes.patches;
+  const int64_t D = sizes.width;
+  const WordChunks<Feature> chunks({sizes.starts, sizes.captions, sizes.images, P}, D);
+  const int64_t at_a_time =
+      std::clamp<int64_t>(kMostPacked / chunks.packed_size(), 1, chunks.count());
+  const int64_t together = std::clamp<int64_t>(kColumnsAtATime<Feature> / P, 1, sizes.images);
+  const int64_t groups = ceil_div(sizes.images, together);
+  const int64_t word_shares = chunks.shares(at_a_time, groups);
+  const int64_t stride = whole_panels(together * P);
+  const int64_t packed_size = packed_entries<Feature>(together * P, D);
+  // The maxima of the last image read on.
+  const int64_t size = chunks.rows() * stride + kLanes;
+  uint32_t* rows = memory_of_b(at_a_time * chunks.packed_size());
+#pragma omp parallel
+  {
+    const TileRegisters while_it_runs;
+    uint32_t* packed = memory_of_a(packed_size + size);
+    float* similarity = reinterpret_cast<float*>(packed + packed_size);
+    // In whole vectors: what is behind an image's patches has no share.
+    std::vector<float> shares_of(padded(P)), highest(padded(P));
+    std::vector<int32_t> places(padded(P));
+    for (int64_t start = 0; start < chunks.count(); start += at_a_time) {
+      const int64_t count = std::min(at_a_time, chunks.count() - start);
+#pragma omp for schedule(static)
+      for (int64_t k = 0; k < count; ++k)
+        chunks.pack_rows(start + k, words, rows + k * chunks.packed_size());
+#pragma omp for schedule(dynamic)
+      for (int64_t task = 0; task < groups * word_shares; ++task) {
+        const int64_t first = task / word_shares * together;
+        const int64_t images = std::min(together, sizes.images - first);
+        const int64_t share = task % word_shares;
+        pack_all(Lines<Feature>{patches + first * P * D, D, 1}, images * P, D, false, packed);
+        for (int64_t k = share * count / word_shares; k < (share + 1) * count / word_shares; ++k) {
+          const Chunk& chunk = chunks[start + k];
+          multiply_all<Feature>(rows + k * chunks.packed_size(), packed, chunk.rows, images * P, D,
+                                false, similarity, stride);
+          for (int64_t j = 0; j < images; ++j) {
+            const float* of_image = shares + (first + j) * P;
+            std::copy(of_image, of_image + P, shares_of.data());
+            for (int64_t c = chunk.first; c < chunk.last; ++c) {
+              const int64_t caption = sizes.ids[c];
+              const int64_t pair = caption * sizes.images + first + j;
+              const bool keeps = best_patch != nullptr;
+              run<maxima_of_pair<Index>>(
+                  similarity + (sizes.starts[c] - chunk.row) * stride + j * P, stride,
+                  shares_of.data(), sizes.starts[c + 1] - sizes.starts[c], P, padded(P),
+                  image_to_text + (first + j) * sizes.captions + caption, text_to_image + pair,
+                  keeps ? best_patch + pair * sizes.all_words : nullptr,
+                  keeps ? best_word + pair * P : nullptr, highest.data(), places.data());
+            }
+          }
+        }
+      }
+    }
+  }
+  release_large_memory_of_b();
 }
 
 template <class Feature, class Index>
@@ -384,15 +454,17 @@ void filip_loss_gradient(const FilipFeatures& sizes, const Feature* words, const
   gather(maxima, words, patches, d_words, d_patches);
 }
 
-#define MEDFAST_INSTANTIATE_GRADIENT(Feature, Index)                                            \
+#define MEDFAST_INSTANTIATE_FOR(Feature, Index)                                                 \
+  template void filip_loss_fused_maxima(const FilipFeatures&, const Feature*, const Feature*,   \
+                                        const float*, float*, float*, Index*, Index*);          \
   template void filip_loss_gradient(const FilipFeatures&, const Feature*, const Feature*,       \
                                     const float*, const float*, const float*, const Index*,     \
                                     const Index*, Feature*, Feature*);
 #define MEDFAST_INSTANTIATE(Index)                                                              \
   template void filip_loss_maxima(const TokenTile&, const float*, const float*,                 \
                                   const FilipScores&, Index*, Index*);                          \
-  MEDFAST_INSTANTIATE_GRADIENT(float, Index)                                                    \
-  MEDFAST_INSTANTIATE_GRADIENT(bf16, Index)
+  MEDFAST_INSTANTIATE_FOR(float, Index)                                                         \
+  MEDFAST_INSTANTIATE_FOR(bf16, Index)
 MEDFAST_INSTANTIATE(uint8_t)
 MEDFAST_INSTANTIATE(int16_t)
 MEDFAST_INSTANTIATE(int32_t)

@@ -37,6 +37,13 @@ struct FilipFeatures {
   int64_t width;      // D
 };
 
+// All scores and places of maxima from features, at once; where they go as above. Where products are
+// this library's own.
+template <class Feature, class Index>
+void filip_loss_fused_maxima(const FilipFeatures& sizes, const Feature* words,
+                             const Feature* patches, const float* shares, float* image_to_text,
+                             float* text_to_image, Index* best_patch, Index* best_word);
+
 // The gradients of words [N, D] and patches [images, P, D], rounded when they are complete; either
 // may be null. d_image_to_text [images, captions] and d_text_to_image [captions, images] are those
 // of the scores, shares [images, P] as above. Features in bf16 must be finite.

@@ -8,10 +8,12 @@
 #include <limits>
 #include <numeric>
 #include <type_traits>
+#include <vector>
 
 #include "bf16.h"
 #include "exponential.h"
 #include "instruction_set.h"
+#include "lanes.h"
 
 namespace medfast {
 
@@ -20,13 +22,16 @@ struct TemperatureGradients {
   double words;
 };
 
-// In memory of the kernels a row of patches is followed by zeros up to a whole number of vectors:
-// what is left over would be a good part of the time, an entry at a time.
-constexpr int64_t kLanes = 16;
+inline TemperatureGradients sum_of(const std::vector<TemperatureGradients>& parts) {
+  TemperatureGradients sum{};
+  for (const TemperatureGradients& part : parts) {
+    sum.attention += part.attention;
+    sum.words += part.words;
+  }
+  return sum;
+}
 
-MEDFAST_KERNEL int64_t padded(int64_t patches) { return (patches + kLanes - 1) / kLanes * kLanes; }
-
-// A row of patches for each word. If `is_padded`, it is followed by zeros as above.
+// A row of patches for each word. If `is_padded`, there are zeros behind it, as in lanes.h.
 template <class T>
 struct Rows {
   T* data;
@@ -150,8 +155,7 @@ MEDFAST_KERNEL float exponentials_of_row(float* over_words, float temperature, i
     highest = -INFINITY;
 #pragma omp simd reduction(max : highest)
     for (int64_t p = 0; p < width; ++p) {
-      const float x =
-          mask[p] > 0.0f ? temperature * (over_words[p] * inverse_sums[p]) : -INFINITY;
+      const float x = mask[p] > 0.0f ? temperature * (over_words[p] * inverse_sums[p]) : -INFINITY;
       highest = x > highest ? x : highest;
     }
   }
@@ -200,8 +204,8 @@ MEDFAST_KERNEL Cosine cosine(float dot, float square, float word_norm, float min
   return {dot / (divisor < min_norm ? min_norm : divisor), norm};
 }
 
-// Writes the score, the log-sum-exp of temperature * cosine over the words. dots: as `attend` leaves
-// them; mixed: the attention times the image's Gram matrix; norms: of the words.
+// Writes the score, the log-sum-exp of temperature * cosine over the words. dots: as `attend`
+// leaves them; mixed: the attention times the image's Gram matrix; norms: of the words.
 MEDFAST_KERNEL void score(Rows<const float> attention, Rows<const float> mixed, const float* dots,
                           const float* norms, Size size, float temperature, float min_norm,
                           float* logits, float* to) {
@@ -223,8 +227,8 @@ MEDFAST_KERNEL void score(Rows<const float> attention, Rows<const float> mixed, 
 template <class Operand>
 MEDFAST_KERNEL void gradient(Rows<const float> similarity, Rows<const float> mixed,
                              const float* norms, float score, float d_score, Size size,
-                             Temperatures temperatures, float min_norm,
-                             Rows<Operand> d_similarity, Rows<Operand> weighted, float* d_norms,
+                             Temperatures temperatures, float min_norm, Rows<Operand> d_similarity,
+                             Rows<Operand> weighted, float* d_norms,
                              TemperatureGradients* d_temperatures, Scratch scratch) {
   const int64_t width = padded(size.patches);
   float* d_dots = scratch.of_words;

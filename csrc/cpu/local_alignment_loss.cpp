@@ -57,9 +57,8 @@ int64_t words_of(const TokenTile& tile, int64_t caption, int64_t image) {
 
 }  // namespace
 
-void local_alignment_attend(const TokenTile& tile, const float* similarity,
-                            const float* patch_mask, float temperature, float* attention,
-                            float* dots) {
+void local_alignment_attend(const TokenTile& tile, const float* similarity, const float* patch_mask,
+                            float temperature, float* attention, float* dots) {
   for_each_pair(tile, patch_mask, [&](int64_t c, int64_t j, Size size, Scratch scratch) {
     scratch.dots = dots + words_of(tile, c, j);
     run<local_alignment::attend<float>>(rows_of(tile, similarity, c, j), size, temperature,
@@ -86,9 +85,8 @@ TemperatureGradients local_alignment_gradient(const TokenTile& tile, const float
                                               const float* patch_mask, const float* mixed,
                                               const float* norms, const float* scores,
                                               const float* d_scores, Temperatures temperatures,
-                                              float min_norm, float* attention,
-                                              float* d_similarity, float* weighted,
-                                              float* d_norms) {
+                                              float min_norm, float* attention, float* d_similarity,
+                                              float* weighted, float* d_norms) {
   std::vector<TemperatureGradients> by_caption(tile.captions);
   for_each_pair(tile, patch_mask, [&](int64_t c, int64_t j, Size size, Scratch scratch) {
     const Rows<const float> s = rows_of(tile, similarity, c, j);
@@ -96,16 +94,11 @@ TemperatureGradients local_alignment_gradient(const TokenTile& tile, const float
     run<local_alignment::attend<float>>(s, size, temperatures.attention,
                                         rows_of(tile, attention, c, j), scratch);
     run<local_alignment::gradient<float>>(
-        s, rows_of(tile, mixed, c, j), norms + tile.starts[c], scores[pair], d_scores[pair], size, temperatures, min_norm,
-        rows_of(tile, d_similarity, c, j), rows_of(tile, weighted, c, j),
+        s, rows_of(tile, mixed, c, j), norms + tile.starts[c], scores[pair], d_scores[pair], size,
+        temperatures, min_norm, rows_of(tile, d_similarity, c, j), rows_of(tile, weighted, c, j),
         d_norms + tile.starts[c], &by_caption[c], scratch);
   });
-  TemperatureGradients total{};
-  for (const TemperatureGradients& part : by_caption) {
-    total.attention += part.attention;
-    total.words += part.words;
-  }
-  return total;
+  return sum_of(by_caption);
 }
 
 }  // namespace medfast

@@ -13,9 +13,8 @@ namespace medfast {
 
 // The attention [N, g, P] of each word, 0 where patch_mask [g, P] is 0, and dots: its sums with the
 // similarity [N, g, P] as weights, for each caption [g, words].
-void local_alignment_attend(const TokenTile& tile, const float* similarity,
-                            const float* patch_mask, float temperature, float* attention,
-                            float* dots);
+void local_alignment_attend(const TokenTile& tile, const float* similarity, const float* patch_mask,
+                            float temperature, float* attention, float* dots);
 
 // With `mixed`, the attention times the Gram matrices, and the norms [N] of the words: scores
 // [captions, g], the log-sum-exp of temperature * cosine over each caption's words.
@@ -31,9 +30,8 @@ TemperatureGradients local_alignment_gradient(const TokenTile& tile, const float
                                               const float* patch_mask, const float* mixed,
                                               const float* norms, const float* scores,
                                               const float* d_scores, Temperatures temperatures,
-                                              float min_norm, float* attention,
-                                              float* d_similarity, float* weighted,
-                                              float* d_norms);
+                                              float min_norm, float* attention, float* d_similarity,
+                                              float* weighted, float* d_norms);
 
 // All words of a batch and some images.
 struct LocalAlignmentBatch {

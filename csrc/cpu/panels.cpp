@@ -318,8 +318,36 @@ Multiply chosen_multiply() {
   return multiply_anywhere<T>;
 }
 
+template <class T>
+void pack_all(Lines<T> from, int64_t lines, int64_t depth, bool is_by_line, uint32_t* to) {
+  for (int64_t i = 0; i < lines; i += kPanel, to += packed_entries<T>(kPanel, depth))
+    pack(Lines<T>{from.data + i * from.next_line, from.next_line, from.next}, lines - i, depth,
+         is_by_line, to);
+}
+
+template <class T>
+void multiply_all(const uint32_t* a, const uint32_t* b, int64_t rows, int64_t columns,
+                  int64_t depth, bool accumulate, float* to, int64_t stride) {
+  const Multiply multiply = chosen_multiply<T>();
+  constexpr int64_t kMostSteps = kStepsAtATime<T>;
+  const int64_t steps = ceil_div(depth, kStepDepth);
+  for (int64_t i = 0; i < rows; i += kPanel)
+    for (int64_t step = 0; step < steps; step += kMostSteps)
+      for (int64_t j = 0; j < columns; j += kPanel)
+        multiply(a + (i / kPanel * steps + step) * kStepSize<T>,
+                 b + (j / kPanel * steps + step) * kStepSize<T>,
+                 std::min(kMostSteps, steps - step), rows - i, columns - j,
+                 accumulate || step > 0, to + i * stride + j, stride);
+}
+
 template void pack(Lines<bf16>, int64_t, int64_t, bool, uint32_t*);
 template void pack(Lines<float>, int64_t, int64_t, bool, uint32_t*);
+template void pack_all(Lines<bf16>, int64_t, int64_t, bool, uint32_t*);
+template void pack_all(Lines<float>, int64_t, int64_t, bool, uint32_t*);
+template void multiply_all<bf16>(const uint32_t*, const uint32_t*, int64_t, int64_t, int64_t, bool,
+                                 float*, int64_t);
+template void multiply_all<float>(const uint32_t*, const uint32_t*, int64_t, int64_t, int64_t,
+                                  bool, float*, int64_t);
 template Multiply chosen_multiply<bf16>();
 template Multiply chosen_multiply<float>();
 

@@ -69,6 +69,20 @@ using Multiply = void (*)(const uint32_t* a, const uint32_t* b, int64_t steps, i
 template <class T>
 Multiply chosen_multiply();
 
+inline int64_t whole_panels(int64_t lines) { return ceil_div(lines, kPanel) * kPanel; }
+// How many entries the panels of an operand have, packed.
+template <class T>
+int64_t packed_entries(int64_t lines, int64_t depth) {
+  return ceil_div(lines, kPanel) * ceil_div(depth, kStepDepth) * kStepSize<T>;
+}
+// Packs them, one behind the other.
+template <class T>
+void pack_all(Lines<T> from, int64_t lines, int64_t depth, bool is_by_line, uint32_t* to);
+// Writes a product of such operands, or adds it, in whole panels.
+template <class T>
+void multiply_all(const uint32_t* a, const uint32_t* b, int64_t rows, int64_t columns,
+                  int64_t depth, bool accumulate, float* to, int64_t stride);
+
 // Writes the wanted part of a product of two panels, times alpha, to out, or adds it.
 template <class Out>
 MEDFAST_KERNEL void write_panel(const float* product, int64_t rows, int64_t columns, float alpha,

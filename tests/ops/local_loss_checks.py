@@ -199,7 +199,9 @@ class LocalLossChecks:
 
     @pytest.mark.usefixtures("bf16_products")
     @pytest.mark.parametrize("impl", ["torch", "cpu"])
-    @pytest.mark.parametrize("sizes", [(1, 3, 1, 5), (5, 49, 9, 64), (3, 7, 20, 33)])
+    @pytest.mark.parametrize(
+        "sizes", [(1, 3, 1, 5), (5, 49, 9, 64), (3, 7, 20, 33), (5, 200, 90, 20), (9, 33, 170, 8)]
+    )
     @pytest.mark.parametrize("masked", [False, True])
     def test_bf16_products_with_sums_in_fp32(self, impl, sizes, masked):
         """What a CPU with bf16 in hardware does; it can be had, slowly, on any."""
@@ -219,20 +221,32 @@ class LocalLossChecks:
         loss = lambda *a, **k: self.function(*a, impl="cpu", **k)  # noqa: E731
         self.assert_as_close_as_eager(loss, inputs, rounds=True)
 
-    def test_threads_do_not_change_a_bit(self):
+    @pytest.mark.usefixtures("bf16_products")
+    @pytest.mark.parametrize(
+        ("dtype", "sizes"),
+        [
+            # No product here is large enough for the library to divide it.
+            (torch.float32, (9, 7, 5, 4)),
+            *(
+                (torch.bfloat16, sizes)
+                for sizes in [(1, 21, 40, 24), (3, 50, 90, 24), (9, 9, 7, 8)]
+            ),
+        ],
+    )
+    def test_threads_do_not_change_a_bit(self, dtype, sizes):
         if why_not(self.name, "cpu") is not None:
             pytest.skip(why_not(self.name, "cpu"))
-        # No product here is large enough for the library to divide it.
-        inputs = self.inputs(9, 7, 5, 4, masked=True)
+        inputs = self.inputs(*sizes, dtype=dtype, masked=True)
         before, found = torch.get_num_threads(), []
         try:
-            for threads in (1, 2):
+            for threads in (1, 2, 5):
                 torch.set_num_threads(threads)
                 loss = lambda *a, **k: self.function(*a, impl="cpu", **k)  # noqa: E731
                 found.append(self.loss_and_grads(loss, inputs))
         finally:
             torch.set_num_threads(before)
-        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        for others in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
     # Masks.
 

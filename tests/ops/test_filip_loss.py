@@ -54,6 +54,15 @@ class TestFilipLoss(LocalLossChecks):
             self.assert_as_close_as_eager(loss, inputs, rounds=self.rounds)
 
     @pytest.mark.usefixtures("bf16_products")
+    def test_more_words_than_are_packed_at_a_time(self):
+        """Of this width not many are."""
+        if why_not(self.name, "cpu") is not None:
+            pytest.skip(why_not(self.name, "cpu"))
+        inputs = self.inputs(12, 2, 60, 12_000)
+        loss = lambda *a, **k: self.function(*a, impl="cpu", **k)  # noqa: E731
+        self.assert_as_close_as_eager(loss, inputs)
+
+    @pytest.mark.usefixtures("bf16_products")
     @pytest.mark.parametrize(
         "sizes", [(3, 20, 9, 33), (9, 33, 40, 8), (2, 300, 3, 8), (2, 200, 200, 8)]
     )

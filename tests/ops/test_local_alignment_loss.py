@@ -39,34 +39,11 @@ class TestLocalAlignmentLoss(LocalLossChecks):
         self.assert_as_close_as_eager(loss, inputs, rounds=True)
 
     @pytest.mark.usefixtures("bf16_products")
-    @pytest.mark.parametrize("workspace", ["256", "0.2"])
-    @pytest.mark.parametrize(("images", "captions"), [(1, 30), (3, 9), (17, 20)])
-    def test_threads_do_not_change_a_bit_of_bf16(self, monkeypatch, workspace, images, captions):
-        if why_not(self.name, "cpu") is not None:
-            pytest.skip(why_not(self.name, "cpu"))
-        monkeypatch.setenv("MEDFAST_WORKSPACE_MB", workspace)
-        inputs = batch(images, 21, 40, 24, torch.bfloat16, masked=True, captions=captions)
-        patches, tokens, token_mask, patch_mask = inputs
-        weights = torch.randn(captions, images)
-        before, found = torch.get_num_threads(), []
-        try:
-            for threads in (1, 2, 5):
-                torch.set_num_threads(threads)
-                leaves = patches.clone().requires_grad_(), tokens.clone().requires_grad_()
-                scores = local_alignment_scores(
-                    *leaves, token_mask, patch_mask=patch_mask, impl="cpu"
-                )
-                grads = torch.autograd.grad((scores * weights).sum(), leaves)
-                found.append([scores.detach(), *grads])
-        finally:
-            torch.set_num_threads(before)
-        for others in found[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
-
-    def test_memory_stays_within_the_workspace(self, loss, monkeypatch, largest_tensor):
-        """All pairs' similarities would be 94 MB; no tensor comes near."""
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_memory_stays_within_the_workspace(self, loss, monkeypatch, largest_tensor, dtype):
+        """All pairs' similarities would be 94 MB, or half of it; no tensor comes near."""
         monkeypatch.setenv("MEDFAST_WORKSPACE_MB", "8")
-        inputs = self.inputs(128, 36, 40, 8)
+        inputs = self.inputs(128, 36, 40, 8, dtype=dtype)
         with largest_tensor() as largest:
             self.loss_and_grads(loss, inputs)
         assert largest.bytes <= 8 * 2**20

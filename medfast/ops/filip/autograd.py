@@ -41,9 +41,9 @@ def filip_loss_fwd(
 
         return triton.forward(*inputs)
     if impl == "cpu":
-        from medfast.ops.filip.cpu import CpuPasses
+        from medfast.ops.filip import cpu
 
-        return chunked.forward(*inputs, CpuPasses())
+        return cpu.forward(*inputs)
     return chunked.forward(*inputs, chunked.Passes())
 
 
