@@ -1,36 +1,29 @@
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from medfast.ops import matmul
 from medfast.ops.dispatch import why_not
 
 
-class _Largest(TorchDispatchMode):
-    """Notes the bytes of the largest tensor that any operator returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(value, torch.Tensor):
-                self.bytes = max(self.bytes, value.numel() * value.element_size())
-        return result
-
-
 @pytest.fixture
 def largest_tensor():
-    """A context that yields an object whose `bytes` is the size of the largest tensor made."""
+    """A context that yields an object whose `bytes` is the size of the largest tensor made.
+
+    A TorchDispatchMode would see what custom operators return, but not what they make inside.
+    """
 
     @contextlib.contextmanager
     def watch():
-        with _Largest() as largest:
+        largest = SimpleNamespace(bytes=0)
+        with torch.profiler.profile(profile_memory=True) as profile:
             yield largest
+        largest.bytes = max(
+            max(event.self_cpu_memory_usage, event.self_device_memory_usage)
+            for event in profile.events()
+        )
 
     return watch
 

@@ -38,10 +38,14 @@ class TestLocalAlignmentLoss(LocalLossChecks):
         loss = lambda *a, **k: self.function(*a, impl="cpu", **k)  # noqa: E731
         self.assert_as_close_as_eager(loss, inputs, rounds=True)
 
-    @pytest.mark.usefixtures("bf16_products")
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_memory_stays_within_the_workspace(self, loss, monkeypatch, largest_tensor, dtype):
-        """All pairs' similarities would be 94 MB, or half of it; no tensor comes near."""
+    def test_memory_stays_within_the_workspace(
+        self, loss, bf16_products, monkeypatch, largest_tensor, dtype
+    ):
+        """All pairs' similarities would be 94 MB, or half of it; no tensor comes near.
+
+        `bf16_products` comes after `loss`, which says that there are none.
+        """
         monkeypatch.setenv("MEDFAST_WORKSPACE_MB", "8")
         inputs = self.inputs(128, 36, 40, 8, dtype=dtype)
         with largest_tensor() as largest:
