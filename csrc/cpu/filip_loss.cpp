@@ -31,7 +31,8 @@ struct Best {
   int32_t place;
 };
 
-// The highest of a row's patches and the first place where it is.
+// The highest of a row's patches and the first place where it is; NaN at 0 where one is NaN or
+// there is none.
 MEDFAST_KERNEL Best best_of_row(const float* row, const float* shares, int64_t patches) {
   float highest = -INFINITY;
   int32_t nans = 0;
@@ -41,17 +42,19 @@ MEDFAST_KERNEL Best best_of_row(const float* row, const float* shares, int64_t p
     highest = x > highest ? x : highest;
     nans += x != x ? 1 : 0;
   }
-  int32_t place = std::numeric_limits<int32_t>::max();
+  constexpr int32_t kNowhere = std::numeric_limits<int32_t>::max();
+  int32_t place = kNowhere;
 #pragma omp simd reduction(min : place)
   for (int32_t p = 0; p < static_cast<int32_t>(patches); ++p) {
     const int32_t here = shares[p] > 0.0f && row[p] == highest ? p : place;
     place = here < place ? here : place;
   }
-  return {nans > 0 ? kNan : highest, nans > 0 ? 0 : place};
+  if (nans > 0 || place == kNowhere) return {kNan, 0};
+  return {highest, place};
 }
 
-// Caption of n words against one image, whose columns start at similarity. It reads `width` columns,
-// in whole vectors: those behind the patches must be of share 0, and may hold anything.
+// Caption of n words against one image, whose columns start at similarity. It reads `width`
+// columns, in whole vectors: those behind the patches must be of share 0, and may hold anything.
 template <class Index>
 MEDFAST_KERNEL void maxima_of_pair(const float* similarity, int64_t stride, const float* shares,
                                    int64_t n, int64_t patches, int64_t width, float* image_to_text,

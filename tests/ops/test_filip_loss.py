@@ -53,6 +53,20 @@ class TestFilipLoss(LocalLossChecks):
             inputs = self.inputs(*sizes, masked=True)
             self.assert_as_close_as_eager(loss, inputs, rounds=self.rounds)
 
+    def test_an_image_without_patches_in_a_compiled_graph(self):
+        """Nobody may look for it there: the loss is NaN, and no place is beyond the patches."""
+        if why_not(self.name, "cpu") is not None:
+            pytest.skip(why_not(self.name, "cpu"))
+        torch.compiler.reset()
+        inputs = self.inputs(3, 17, 5, 8, masked=True)
+        inputs.patch_mask[1] = False
+        inputs.token_mask.fill_(True)
+        compiled = torch.compile(self.function, fullgraph=True, backend="aot_eager")
+        loss = lambda *a, **k: compiled(*a, impl="cpu", **k)  # noqa: E731
+        assert self.call(loss, inputs, list(self.scalars.values())).isnan()
+        places = torch.ops.medfast.filip_loss_fwd(*inputs, "cpu", True)[2]
+        assert places.max() < 17
+
     @pytest.mark.usefixtures("bf16_products")
     def test_more_words_than_are_packed_at_a_time(self):
         """Of this width not many are."""
