@@ -286,8 +286,8 @@ PYBIND11_MODULE(_C, m) {
       "filip_loss_fused_maxima",
       [](uintptr_t starts, uintptr_t ids, int64_t captions, int64_t images, int64_t patches,
          int64_t all_words, int64_t width, uintptr_t word_features, uintptr_t patch_features,
-         bool is_bf16, uintptr_t shares, uintptr_t image_to_text, uintptr_t text_to_image, uintptr_t best_patch,
-         uintptr_t best_word, int index_bytes) {
+         bool is_bf16, uintptr_t shares, uintptr_t image_to_text, uintptr_t text_to_image,
+         uintptr_t best_patch, uintptr_t best_word, int index_bytes) {
         const medfast::FilipFeatures sizes{at<int64_t>(starts), at<int64_t>(ids), captions,
                                            images,              patches,          all_words,
                                            width};

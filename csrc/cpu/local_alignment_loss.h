@@ -48,9 +48,9 @@ struct LocalAlignmentBatch {
 // Writes scores [captions, images].
 void local_alignment_fused_scores(const LocalAlignmentBatch& batch, float* scores);
 
-// From scores and d_scores [captions, images], writes d_patches and d_norms [images, N], by image.
-// Writes d_words [N, depth], or adds them; without what d_norms give. d_similarity [N, images,
-// patches] is memory for the gradient of the similarity.
+// From scores and d_scores [captions, images]: writes d_patches, and d_words [N, depth] or adds
+// them, without what the gradients of the norms give; adds these to d_norms [images, N], by image.
+// d_similarity [N, images, patches] is memory for the gradient of the similarity.
 TemperatureGradients local_alignment_fused_gradients(const LocalAlignmentBatch& batch,
                                                      const float* scores, const float* d_scores,
                                                      bool accumulate, bf16* d_similarity,
