@@ -198,8 +198,11 @@ struct Cosine {
 };
 
 MEDFAST_KERNEL Cosine cosine(float dot, float square, float word_norm, float min_norm) {
-  // NaN stays NaN.
-  const float norm = square < 0.0f ? 0.0f : std::sqrt(square);
+  // What rounding leaves of a context that nearly vanishes may be less than its share along the
+  // word, or negative: no cosine is above 1. NaN stays NaN.
+  const float least = std::abs(dot) / (word_norm < kTiny ? kTiny : word_norm);
+  const float found = square < 0.0f ? 0.0f : std::sqrt(square);
+  const float norm = found < least ? least : found;
   const float divisor = word_norm * norm;
   return {dot / (divisor < min_norm ? min_norm : divisor), norm};
 }

@@ -19,6 +19,20 @@ MEDFAST_KERNEL void round_rows(const float* from, int64_t rows, int64_t columns,
     store_all(from + i * stride, 1.0f, columns, to + i * to_stride);
 }
 
+// What rounding leaves, rounded.
+MEDFAST_KERNEL void round_rests(const float* from, int64_t rows, int64_t columns, int64_t stride,
+                                bf16* to) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* row = from + i * stride;
+#pragma omp simd
+    for (int64_t j = 0; j < columns; ++j) {
+      bf16 rounded;
+      store(row[j], &rounded);
+      store(row[j] - load(&rounded), to + i * stride + j);
+    }
+  }
+}
+
 // Of which only what is on the diagonal's panels or right of them is there.
 MEDFAST_KERNEL void round_symmetric(const float* from, int64_t size, int64_t stride, bf16* to) {
   for (int64_t i = 0; i < size; ++i) {
@@ -107,7 +121,7 @@ class Image {
  private:
   void divide(Pieces& pieces, bool has_gradient) {
     patches_ = pieces.take<uint32_t>(packed_entries<bf16>(P_, D_));
-    gram_ = pieces.take<uint32_t>(packed_entries<bf16>(P_, P_));
+    gram_ = pieces.take<uint32_t>(2 * packed_entries<bf16>(P_, P_));
     sums_ = pieces.take<float>(width_ * width_);
     rounded_ = pieces.take<bf16>(width_ * width_);
     similarity_ = pieces.take<float>(rows_ * width_);
@@ -156,6 +170,10 @@ class Image {
     multiply_all<bf16>(left_, patches_, P_, P_, D_, false, sums_, width_);
     run<round_rows>(sums_, P_, P_, width_, rounded_, width_);
     pack_all<bf16>({rounded_, 1, width_}, P_, P_, false, gram_);
+    // Else little would be right where a context nearly vanishes: its square is the difference of
+    // sums that are as large as the patches' squares.
+    run<round_rests>(sums_, P_, P_, width_, rounded_);
+    pack_all<bf16>({rounded_, 1, width_}, P_, P_, false, gram_ + packed_entries<bf16>(P_, P_));
   }
 
   // The similarity of a chunk, its attention and that times the Gram matrix.
@@ -169,6 +187,8 @@ class Image {
     }
     pack_all<bf16>({attention_, width_, 1}, chunk.rows, P_, true, left_);
     multiply_all<bf16>(left_, gram_, chunk.rows, P_, P_, false, mixed_, width_);
+    multiply_all<bf16>(left_, gram_ + packed_entries<bf16>(P_, P_), chunk.rows, P_, P_, true, mixed_,
+                       width_);
   }
 
   const LocalAlignmentBatch& batch_;
@@ -176,7 +196,7 @@ class Image {
   const int64_t P_, D_;
   const int64_t rows_, width_;  // of a chunk and of patches, in whole panels
   uint32_t* patches_;           // packed: columns of the similarity, later terms of their gradient
-  uint32_t* gram_;              // packed
+  uint32_t* gram_;              // packed: rounded, and what that leaves
   float* sums_;                 // [width, width]: the Gram matrix, then its gradient
   bf16* rounded_;               // the same
   float* similarity_;           // [rows, width] of a chunk, as the rest

@@ -158,6 +158,30 @@ def test_what_bf16_keeps(impl, kept):
     assert torch.ops.medfast.local_alignment_loss_fwd(*args, impl, True)[1].numel() == kept
 
 
+@pytest.mark.usefixtures("bf16_products")
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mean", [0.0, 0.003])
+def test_contexts_that_nearly_vanish(impl, dtype, mean):
+    """The squares of their lengths are what large sums leave: no cosine is above 1 for that."""
+    patches, tokens, token_mask, _ = batch(8, 49, 20, 64, torch.bfloat16)
+    patches = patches.float() - patches.float().mean(1, keepdim=True)
+    patches += mean * torch.randn(8, 1, 64, generator=torch.Generator().manual_seed(0))
+    inputs = patches.to(dtype).requires_grad_(), tokens.to(dtype).requires_grad_(), token_mask
+    scores = local_alignment_scores(*inputs, impl=impl)
+    assert scores.isfinite().all()
+    most = 5 * 1.001 + token_mask.sum(1).float().log()
+    assert (scores.abs() <= most[:, None]).all()
+    doubles = [x.detach().double().requires_grad_() for x in inputs[:2]]
+    want = reference.local_alignment_scores(
+        *doubles, token_mask, temp_attention=4.0, temp_words=5.0
+    )
+    torch.testing.assert_close(scores.double(), want, rtol=0, atol=0.1)
+    grads = torch.autograd.grad(scores.sum(), inputs[:2])
+    for got, exact in zip(grads, torch.autograd.grad(want.sum(), doubles), strict=True):
+        assert (got.double() - exact).norm() <= 0.3 * exact.norm()
+
+
 def test_attention_is_the_one_of_the_loss():
     patches, tokens, token_mask, patch_mask = batch(4, 6, 5, 8, masked=True)
     found = word_patch_attention(patches, tokens, token_mask, patch_mask=patch_mask)

@@ -170,6 +170,20 @@ def test_zero_vectors(dtype):
         assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_contexts_that_nearly_vanish(dtype):
+    """Whatever rounding leaves of their lengths, no cosine is above 1."""
+    patches, tokens, token_mask, _ = _batch(4, 49, 4, 20, 16, masks=False)
+    patches = (patches - patches.mean(1, keepdim=True)).to(dtype)
+    temps = torch.tensor(0.0, device=DEVICE), torch.tensor(5.0, device=DEVICE)
+    inputs = (patches, tokens.to(dtype), token_mask, None)
+    scores = alignment.forward(*inputs, *temps)
+    most = 5 * 1.001 + token_mask.sum(1).float().log()
+    assert (scores.abs() <= most[:, None]).all()
+    grads = alignment.backward(torch.ones_like(scores), scores, *inputs, *temps)
+    assert all(grad.isfinite().all() for grad in grads)
+
+
 @pytest.mark.parametrize("side", [0, 1])
 def test_nan_that_counts_is_seen(side):
     inputs = _batch(3, 20, 3, 5, 16)

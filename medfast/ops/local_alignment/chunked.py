@@ -28,7 +28,10 @@ class Wave:
     """What all tiles of a wave of images share."""
 
     images: Images
-    grams: Tensor  # [g, P, P], each image's Gram matrix, as products take it
+    # [g, P, P], each image's Gram matrix: the terms of which it is the sum, as products take them.
+    # Rounded to bf16 alone, it would not do where a context nearly vanishes, whose square is the
+    # difference of sums as large as the patches' squares.
+    grams: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,9 @@ class Passes:
         """Return the cosines of words and contexts and the contexts' norms, [N, g]."""
         dot = (tile.attention * tile.similarity).sum(-1)
         norms = (tile.attention * tile.mixed).sum(-1).clamp_min_(0).sqrt_()
+        # Of a context that nearly vanishes rounding may leave less than its share along the word.
+        tiny = torch.finfo(dot.dtype).tiny
+        norms = torch.maximum(norms, dot.abs() / tile.norms[:, None].clamp_min(tiny))
         return dot / (tile.norms[:, None] * norms).clamp_min_(MIN_NORM), norms
 
 
@@ -154,9 +160,12 @@ class _Walk:
         """Yield the waves of images."""
         for images in self._plan.images():
             g, P, _ = images.patches.shape
-            grams = images.patches.new_empty(g, P, P)
+            grams = images.patches.new_empty(g, P, P, dtype=self._plan.dtype)
             bmm_into(grams, images.patches, images.patches.mT)
-            yield Wave(images, grams)
+            terms = [grams.to(images.patches.dtype)]
+            if terms[0] is not grams:
+                terms.append((grams - terms[0]).to(images.patches.dtype))
+            yield Wave(images, terms)
 
     def tile(self, k: int, wave: Wave) -> Tile:
         """Return how the words of group k attend to the images."""
@@ -182,7 +191,9 @@ class _Walk:
         if not (is_known and self._passes.attends_again):
             self._passes.attend(tile)
         if not is_known:
-            bmm_into(mixed.transpose(0, 1), attention.transpose(0, 1), wave.grams)
+            by_image = mixed.transpose(0, 1), attention.transpose(0, 1)
+            for i, term in enumerate(wave.grams):
+                bmm_into(*by_image, term, accumulate=i > 0)
         return tile
 
 
@@ -243,7 +254,7 @@ def backward(
     d_temps: list[Tensor | float] = [0.0, 0.0]
     for wave in walk.waves():
         images = wave.images
-        d_grams = torch.empty_like(wave.grams, dtype=plan.dtype)
+        d_grams = torch.empty_like(wave.grams[0], dtype=plan.dtype)
         of_wave = d_patches[images.where]
         # Sums of one wave are few enough to stay in a cache.
         is_sum = of_wave.dtype == plan.dtype

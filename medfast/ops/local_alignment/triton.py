@@ -376,8 +376,10 @@ def _local_alignment_loss_kernel(
         )
         # The next turn overwrites what others may not yet have read.
         tl.debug_barrier()
-        norm = tl.load(norms_ptr + word) * (tl.sqrt(square) / total)
-        cosine = dot / total / tl.maximum(norm, _MIN_NORM)
+        word_norm = tl.load(norms_ptr + word)
+        dot /= total
+        norm = word_norm * _length(square, dot, word_norm, 1 / total)
+        cosine = dot / tl.maximum(norm, _MIN_NORM)
         logits = tl.where(is_word, cosine * temp_words, -float("inf"))
         logits = tl.reshape(logits, (SLOTS, SLOT))
         highest = tl.max(logits, 1)
@@ -470,8 +472,8 @@ def _local_alignment_loss_gradient_kernel(
         )
         inverse = 1.0 / total
         dot *= inverse
-        norm = tl.sqrt(square) * inverse
         word_norm = tl.load(norms_ptr + word)
+        norm = _length(square, dot, word_norm, inverse)
         divisor = word_norm * norm
         cosine = dot / tl.maximum(divisor, _MIN_NORM)
 
@@ -599,6 +601,12 @@ def _contexts(
         exponentials = tl.load(ptrs, mask=(offs_c < P - patch)[None, :], other=0.0)
         square += tl.sum(mixed * exponentials.to(tl.float32), 1)
     return total, dot, tl.maximum(square, 0.0)
+
+
+@triton.jit
+def _length(square, dot, word_norm, inverse):
+    """Return a context's length; of one that nearly vanishes rounding may leave less than this."""
+    return tl.maximum(tl.sqrt(square) * inverse, tl.abs(dot) / tl.maximum(word_norm, _TINY))
 
 
 @triton.jit
