@@ -74,26 +74,22 @@ PYBIND11_MODULE(_C, m) {
       [](int64_t count, int64_t rows, int64_t columns, int64_t depth, uintptr_t a,
          std::array<int64_t, 3> a_strides, uintptr_t b, std::array<int64_t, 3> b_strides,
          float alpha, bool accumulate, uintptr_t out, std::array<int64_t, 2> out_strides,
-         bool is_bf16, bool rounds) {
-        const auto of = [&](auto* x, auto* y, auto* to) {
+         bool is_bf16) {
+        const auto of = [&](auto* x, auto* y) {
           using T = std::remove_pointer_t<decltype(x)>;
-          using Out = std::remove_pointer_t<decltype(to)>;
           const auto matrix = [](T* data, const std::array<int64_t, 3>& strides) {
             return medfast::Matrix<T>{data, strides[1], strides[2], strides[0]};
           };
           medfast::product(count, rows, columns, depth, matrix(x, a_strides), matrix(y, b_strides),
                            alpha, accumulate,
-                           medfast::Result<Out>{to, out_strides[1], out_strides[0]});
+                           medfast::Result{at<float>(out), out_strides[1], out_strides[0]});
         };
-        using medfast::bf16;
-        if (!is_bf16) return of(at<float>(a), at<float>(b), at<float>(out));
-        if (rounds) return of(at<bf16>(a), at<bf16>(b), at<bf16>(out));
-        of(at<bf16>(a), at<bf16>(b), at<float>(out));
+        is_bf16 ? of(at<medfast::bf16>(a), at<medfast::bf16>(b)) : of(at<float>(a), at<float>(b));
       },
       py::arg("count"), py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("a"),
       py::arg("a_strides"), py::arg("b"), py::arg("b_strides"), py::arg("alpha"),
       py::arg("accumulate"), py::arg("out"), py::arg("out_strides"), py::arg("is_bf16"),
-      py::arg("rounds"), no_gil);
+      no_gil);
   m.def(
       "largest_norm",
       [](uintptr_t features, int64_t rows, int64_t width) {

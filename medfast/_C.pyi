@@ -20,7 +20,6 @@ def product(
     out: int,
     out_strides: Sequence[int],
     is_bf16: bool,
-    rounds: bool,
 ) -> None: ...
 def largest_norm(features: int, rows: int, width: int) -> float: ...
 def clip_loss_sums(

@@ -1,7 +1,6 @@
 #include "product.h"
 
 #include <algorithm>
-#include <type_traits>
 
 #include "bf16.h"
 #include "instruction_set.h"
@@ -18,14 +17,12 @@ constexpr int64_t kTasksPerThread = 4;
 
 }  // namespace
 
-template <class T, class Out>
+template <class T>
 void product(int64_t count, int64_t rows, int64_t columns, int64_t depth, Matrix<T> a,
-             Matrix<T> b, float alpha, bool accumulate, Result<Out> out) {
-  // Of about equal depth, in whole steps; but no sum is rounded to 16 bits before it is complete.
-  const bool is_summed_there = std::is_same_v<Out, float>;
+             Matrix<T> b, float alpha, bool accumulate, Result out) {
+  // Of about equal depth, in whole steps.
   const int64_t steps = ceil_div(depth, kStepDepth);
-  const int64_t block_depth =
-      is_summed_there ? kStepDepth * ceil_div(steps, ceil_div(depth, kPanelDepth)) : depth;
+  const int64_t block_depth = kStepDepth * ceil_div(steps, ceil_div(depth, kPanelDepth));
   const int64_t shares = std::max<int64_t>(ceil_div(kTasksPerThread * threads(), count), 1);
   const int64_t block_rows = std::min(kMostRows, kPanel * ceil_div(rows, kPanel * shares));
   // So much of b is packed at a time.
@@ -35,7 +32,7 @@ void product(int64_t count, int64_t rows, int64_t columns, int64_t depth, Matrix
                      {block_rows, block_depth},
                      [&](const float* part, int64_t which, int64_t i, int64_t j, int64_t height,
                          int64_t width, bool is_first) {
-                       run<write_panel<Out>>(
+                       run<write_panel<float>>(
                            part, height, width, alpha, accumulate || !is_first,
                            out.data + which * out.next + i * out.row_stride + left + j,
                            out.row_stride);
@@ -44,10 +41,8 @@ void product(int64_t count, int64_t rows, int64_t columns, int64_t depth, Matrix
 }
 
 template void product(int64_t, int64_t, int64_t, int64_t, Matrix<bf16>, Matrix<bf16>, float, bool,
-                      Result<float>);
-template void product(int64_t, int64_t, int64_t, int64_t, Matrix<bf16>, Matrix<bf16>, float, bool,
-                      Result<bf16>);
-template void product(int64_t, int64_t, int64_t, int64_t, Matrix<float>, Matrix<float>, float,
-                      bool, Result<float>);
+                      Result);
+template void product(int64_t, int64_t, int64_t, int64_t, Matrix<float>, Matrix<float>, float, bool,
+                      Result);
 
 }  // namespace medfast

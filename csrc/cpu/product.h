@@ -9,18 +9,16 @@
 namespace medfast {
 
 // Row i is at data + i * row_stride. Of several, each begins `next` entries behind the one before.
-template <class Out>
 struct Result {
-  Out* data;
+  float* data;
   int64_t row_stride;
   int64_t next;
 };
 
 // out = alpha * a @ b, or that added to it, of `count` products: a [rows, depth], b [depth,
-// columns], out [rows, columns], of float or, for those of bf16, bf16. The order of sums does not
-// depend on the number of threads.
-template <class T, class Out>
+// columns], out [rows, columns]. The order of sums does not depend on the number of threads.
+template <class T>
 void product(int64_t count, int64_t rows, int64_t columns, int64_t depth, Matrix<T> a,
-             Matrix<T> b, float alpha, bool accumulate, Result<Out> out);
+             Matrix<T> b, float alpha, bool accumulate, Result out);
 
 }  // namespace medfast

@@ -69,8 +69,7 @@ def bmm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> 
     Several are divided among threads with less ado than one. Of fp32 torch's are the faster.
 
     Args:
-        out: [n, M, N], its rows contiguous, of a dtype that `matmul_into` takes; or bf16, to which
-            complete sums are rounded.
+        out: [n, M, N], its rows contiguous, of a dtype that `matmul_into` takes.
         a: [n, M, K], likewise.
         b: [n, K, N], likewise.
         accumulate: Add to `out` instead of overwriting it.
@@ -119,7 +118,6 @@ def _products(out: Tensor, a: Tensor, b: Tensor, alpha: float, accumulate: bool)
         *(a.data_ptr(), a.stride(), b.data_ptr(), b.stride()),
         *(alpha, accumulate, out.data_ptr(), out.stride()[:2]),
         is_bf16=a.dtype == torch.bfloat16,
-        rounds=out.dtype == torch.bfloat16,
     )
 
 
