@@ -129,7 +129,8 @@ struct Source {
 template <class Feature>
 using Sources = std::vector<Source<Feature>>;
 
-// Sorts by destination, of which there are `count`, keeping the order of equals; starts [count + 1].
+// Sorts by destination, of which there are `count`, keeping the order of equals; starts
+// [count + 1].
 template <class Feature>
 void sort_by_destination(const Sources<Feature>& from, int64_t count, Sources<Feature>& sorted,
                          std::vector<int32_t>& starts) {

@@ -37,8 +37,8 @@ struct FilipFeatures {
   int64_t width;      // D
 };
 
-// All scores and places of maxima from features, at once; where they go as above. Where products are
-// this library's own.
+// All scores and places of maxima from features, at once, where they go as above; for processors on
+// which products are this library's own.
 template <class Feature, class Index>
 void filip_loss_fused_maxima(const FilipFeatures& sizes, const Feature* words,
                              const Feature* patches, const float* shares, float* image_to_text,

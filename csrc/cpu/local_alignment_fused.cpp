@@ -187,8 +187,8 @@ class Image {
     }
     pack_all<bf16>({attention_, width_, 1}, chunk.rows, P_, true, left_);
     multiply_all<bf16>(left_, gram_, chunk.rows, P_, P_, false, mixed_, width_);
-    multiply_all<bf16>(left_, gram_ + packed_entries<bf16>(P_, P_), chunk.rows, P_, P_, true, mixed_,
-                       width_);
+    multiply_all<bf16>(left_, gram_ + packed_entries<bf16>(P_, P_), chunk.rows, P_, P_, true,
+                       mixed_, width_);
   }
 
   const LocalAlignmentBatch& batch_;

@@ -62,8 +62,8 @@ struct Lines {
 template <class T>
 void pack(Lines<T> from, int64_t lines, int64_t depth, bool is_by_line, uint32_t* to);
 
-// Writes a product of two panels, [kPanel, kPanel], rows `stride` apart, or adds it. Only `rows` and
-// `columns` of it are wanted; the rest is zero, or as it was.
+// Writes a product of two panels, [kPanel, kPanel], rows `stride` apart, or adds it. Only `rows`
+// and `columns` of it are wanted; the rest is zero, or as it was.
 using Multiply = void (*)(const uint32_t* a, const uint32_t* b, int64_t steps, int64_t rows,
                           int64_t columns, bool accumulate, float* to, int64_t stride);
 template <class T>
