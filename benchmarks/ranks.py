@@ -20,6 +20,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# open_clip's loss imports it. Were it imported while there is a process group, its functions would
+# keep that alive to the end, when a thread of the group may no longer let go of a tensor.
+import torch.distributed.nn
 import torch.nn.functional as F
 from torch import Tensor
 
