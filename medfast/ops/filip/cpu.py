@@ -123,7 +123,7 @@ def _operands(
 ) -> tuple[Words, Tensor, Tensor]:
     """Return all words, the patches [M, P, D] and what these count in their image's mean [M, P]."""
     (words,) = packing.pack(OP, tokens, token_mask, size=1, most_rows=token_mask.numel())
-    features = tiles.operand(patches).contiguous()
+    features = tiles.operand(patches)
     # What does not count may be NaN, and products, which are for bf16, take all.
     if patch_mask is not None and features.dtype == torch.bfloat16:
         features = features.masked_fill(~patch_mask[..., None], 0)

@@ -27,7 +27,7 @@ class _Batch:
 
     def with_images(self, images: Images) -> _C.LocalAlignmentBatch:
         """Return what csrc takes; it knows where tensors are, and does not keep them."""
-        self._in_use = images.patches.contiguous(), patch_mask_of(images, self.norms)
+        self._in_use = images.patches, patch_mask_of(images, self.norms)
         patches, mask = self._in_use
         g, P, D = patches.shape
         return _C.LocalAlignmentBatch(
