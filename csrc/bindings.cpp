@@ -42,6 +42,12 @@ std::tuple<double, double> as_tuple(const medfast::TemperatureGradients& found) 
   return {found.attention, found.words};
 }
 
+medfast::FilipFeatures filip_features(uintptr_t starts, uintptr_t ids, int64_t captions,
+                                      int64_t images, int64_t patches, int64_t all_words,
+                                      int64_t width) {
+  return {at<int64_t>(starts), at<int64_t>(ids), captions, images, patches, all_words, width};
+}
+
 medfast::TokenTile token_tile(uintptr_t starts, int64_t captions, int64_t images,
                               int64_t patches) {
   return {at<int64_t>(starts), captions, images, patches};
@@ -284,9 +290,8 @@ PYBIND11_MODULE(_C, m) {
          int64_t all_words, int64_t width, uintptr_t word_features, uintptr_t patch_features,
          bool is_bf16, uintptr_t shares, uintptr_t image_to_text, uintptr_t text_to_image,
          uintptr_t best_patch, uintptr_t best_word, int index_bytes) {
-        const medfast::FilipFeatures sizes{at<int64_t>(starts), at<int64_t>(ids), captions,
-                                           images,              patches,          all_words,
-                                           width};
+        const medfast::FilipFeatures sizes =
+            filip_features(starts, ids, captions, images, patches, all_words, width);
         with_index(index_bytes, best_patch, best_word, [&](auto* of_words, auto* of_patches) {
           const auto pass = [&](auto* words) {
             using Feature = std::remove_pointer_t<decltype(words)>;
@@ -309,9 +314,8 @@ PYBIND11_MODULE(_C, m) {
          bool is_bf16, uintptr_t shares, uintptr_t d_image_to_text, uintptr_t d_text_to_image,
          uintptr_t best_patch, uintptr_t best_word, int index_bytes, uintptr_t d_words,
          uintptr_t d_patches) {
-        const medfast::FilipFeatures sizes{at<int64_t>(starts), at<int64_t>(ids), captions,
-                                           images,              patches,          all_words,
-                                           width};
+        const medfast::FilipFeatures sizes =
+            filip_features(starts, ids, captions, images, patches, all_words, width);
         with_index(index_bytes, best_patch, best_word, [&](auto* of_words, auto* of_patches) {
           const auto pass = [&](auto* words) {
             using Feature = std::remove_pointer_t<decltype(words)>;

@@ -27,14 +27,8 @@ MEDFAST_KERNEL float load(const bf16* from) {
   return float_of(static_cast<uint32_t>(from->bits) << 16);
 }
 
-// Many at once, times a factor. Entries of 16 bits are widened and rounded in loops of their own:
-// in one loop with those of 32 bits, compilers use vectors of half the width.
-template <class T>
-MEDFAST_KERNEL void load_all(const T* from, float factor, int64_t count, float* to) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] = factor * load(from + i);
-}
-
+// Many at once, times a factor. Entries of 16 bits are rounded in a loop of their own: in one loop
+// with those of 32 bits, compilers use vectors of half the width.
 template <class T>
 MEDFAST_KERNEL void store_all(const float* from, float factor, int64_t count, T* to) {
 #pragma omp simd

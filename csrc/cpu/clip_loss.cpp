@@ -107,7 +107,7 @@ MEDFAST_KERNEL void gradient_panel(const int16_t* kept, float step, float shift,
                                    const float* own, float* total, bf16* gradient) {
   alignas(64) float logits[kPanel * kPanel];
   alignas(64) float unrounded[kPanel * kPanel];
-  // In loops of their own, as load_all has them.
+  // In loops of their own, as store_all has them.
 #pragma omp simd
   for (int64_t k = 0; k < kPanel * kPanel; ++k) logits[k] = step * static_cast<float>(kept[k]);
   // So that what is not there adds nothing to the sums.

@@ -80,7 +80,8 @@ MEDFAST_KERNEL const float* read_row(Rows<const float> rows, int64_t word, int64
   const float* from = rows.of(word);
   if (rows.is_padded) return from;
   const int64_t whole = patches / kLanes * kLanes;
-  load_all(from, 1.0f, whole, to);
+#pragma omp simd
+  for (int64_t p = 0; p < whole; ++p) to[p] = from[p];
   if (whole == patches) return to;
 #pragma omp simd
   for (int64_t p = 0; p < kLanes; ++p) to[whole + p] = whole + p < patches ? from[whole + p] : 0.0f;

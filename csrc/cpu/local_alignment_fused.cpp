@@ -42,6 +42,24 @@ MEDFAST_KERNEL void round_symmetric(const float* from, int64_t size, int64_t str
   }
 }
 
+// Memory in pieces that begin with a line of cache; for a start at 0 it only counts.
+class Pieces {
+ public:
+  explicit Pieces(uint32_t* start) : start_(start) {}
+  template <class T>
+  T* take(int64_t count) {
+    constexpr int64_t kLine = 64;
+    const int64_t at = used_;
+    used_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), kLine) * kLine;
+    return start_ == nullptr ? nullptr : reinterpret_cast<T*>(start_ + at / 4);
+  }
+  int64_t used() const { return used_ / 4; }
+
+ private:
+  uint32_t* start_;
+  int64_t used_ = 0;
+};
+
 // One thread's work on one image.
 class Image {
  public:

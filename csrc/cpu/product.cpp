@@ -12,8 +12,6 @@ namespace {
 // What stays in the second level of cache.
 constexpr int64_t kMostColumns = 2048;
 constexpr int64_t kMostRows = 256;
-// So that no thread waits long for the others.
-constexpr int64_t kTasksPerThread = 4;
 
 }  // namespace
 

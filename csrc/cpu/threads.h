@@ -18,4 +18,7 @@ inline int64_t threads() {
 #endif
 }
 
+// Tasks that a thread gets where there is a choice, so that none waits long for the others.
+constexpr int64_t kTasksPerThread = 4;
+
 }  // namespace medfast

@@ -17,12 +17,9 @@ namespace medfast {
 constexpr int64_t kTermsAtATime = 256;
 constexpr int64_t kTermSteps = kTermsAtATime / kStepDepth;
 constexpr int64_t kMostSums = 1 << 18;
-// So that no thread waits long for the others.
-constexpr int64_t kTasksOfSums = 4;
 
 // out_i = alpha * sum_j w_ij features_j, or adds it: features [terms, depth] and out [rows, depth],
-// contiguous.
-// weigh(i, j, steps, to) writes the weights of rows i to i + 31 and the terms from j on as steps of
+// contiguous. weigh(i, j, steps, to) writes the weights of rows i to i + 31 and the terms from j on as steps of
 // a panel of a, finite beyond the end. Sums take their terms in order, whatever the number of
 // threads.
 template <class Out, class Weigh>
@@ -33,7 +30,7 @@ void weighted_sums(int64_t rows, int64_t terms, int64_t depth, const bf16* featu
   const int64_t blocks = ceil_div(terms, kTermsAtATime);
   const int64_t block_size = panels * kTermSteps * kTermSize;
   const int64_t sums_size = panels * kPanel * kPanel;
-  const int64_t fair = ceil_div(rows, kPanel * kTasksOfSums * threads());
+  const int64_t fair = ceil_div(rows, kPanel * kTasksPerThread * threads());
   const int64_t task_rows = kPanel * std::clamp<int64_t>(kMostSums / sums_size, 1, fair);
   uint32_t* packed = memory_of_b(blocks * block_size);
 #pragma omp parallel

@@ -60,8 +60,6 @@ class WordChunks {
 
   // Into so many parts `count` chunks are divided where there are so few tasks for each.
   static int64_t shares(int64_t count, int64_t tasks) {
-    // So that no thread waits long for the others.
-    constexpr int64_t kTasksPerThread = 4;
     return std::clamp<int64_t>(ceil_div(kTasksPerThread * threads(), tasks), 1, count);
   }
 
@@ -69,24 +67,6 @@ class WordChunks {
   int64_t depth_;
   std::vector<Chunk> chunks_;
   int64_t rows_ = 0;
-};
-
-// Memory in pieces that begin with a line of cache; for a start at 0 it only counts.
-class Pieces {
- public:
-  explicit Pieces(uint32_t* start) : start_(start) {}
-  template <class T>
-  T* take(int64_t count) {
-    constexpr int64_t kLine = 64;
-    const int64_t at = used_;
-    used_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), kLine) * kLine;
-    return start_ == nullptr ? nullptr : reinterpret_cast<T*>(start_ + at / 4);
-  }
-  int64_t used() const { return used_ / 4; }
-
- private:
-  uint32_t* start_;
-  int64_t used_ = 0;
 };
 
 }  // namespace medfast

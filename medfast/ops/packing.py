@@ -162,11 +162,6 @@ class Buffer:
 
     memory: Tensor
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of its entries."""
-        return self.memory.dtype
-
     def of(self, words: Words, images: Images) -> Tensor:
         """Return the part for a tile, [N, g, P]."""
         shape = (len(words.places), *images.patches.shape[:2])
@@ -245,6 +240,12 @@ def pack(op: str, tokens: Tensor, token_mask: Tensor, size: int, most_rows: int)
         if len(empty):
             features = features.index_fill_(0, empty, 0)
         yield Words(blocks, here, empty, features, is_whole)
+
+
+def all_words(op: str, tokens: Tensor, token_mask: Tensor) -> Words:
+    """Return all captions, the longest first, in one group without padding."""
+    (words,) = pack(op, tokens, token_mask, size=1, most_rows=token_mask.numel())
+    return words
 
 
 def unpack(groups: list[Words], rows: list[Tensor], tokens: Tensor) -> Tensor:

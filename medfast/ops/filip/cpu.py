@@ -122,7 +122,7 @@ def _operands(
     patches: Tensor, tokens: Tensor, token_mask: Tensor, patch_mask: Tensor | None
 ) -> tuple[Words, Tensor, Tensor]:
     """Return all words, the patches [M, P, D] and what these count in their image's mean [M, P]."""
-    (words,) = packing.pack(OP, tokens, token_mask, size=1, most_rows=token_mask.numel())
+    words = packing.all_words(OP, tokens, token_mask)
     features = tiles.operand(patches)
     # What does not count may be NaN, and products, which are for bf16, take all.
     if patch_mask is not None and features.dtype == torch.bfloat16:

@@ -21,7 +21,7 @@ class _Batch:
     def __init__(
         self, tokens: Tensor, token_mask: Tensor, temp_attention: Tensor, temp_words: Tensor
     ) -> None:
-        (self.words,) = packing.pack(_OP, tokens, token_mask, size=1, most_rows=token_mask.numel())
+        self.words = packing.all_words(_OP, tokens, token_mask)
         self.norms = self.words.features.norm(dim=1, dtype=torch.float32)
         self._temp_attention, self._temp_words = temp_attention.item(), temp_words.item()
 

@@ -31,7 +31,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return the loss and the gradients of patches, tokens and scale, None without `needs_grad`."""
     B, P, D = patches.shape
-    (words,) = packing.pack("sparc_loss", tokens, token_mask, size=1, most_rows=token_mask.numel())
+    words = packing.all_words("sparc_loss", tokens, token_mask)
     features = words.features.float()
     scale = logit_scale.item()
     d_patches = lend(B * P * D, patches, torch.float32).view(B, P, D) if needs_grad else None
